@@ -1,0 +1,1 @@
+"""Causal generation: attention masks, KV cache, chunk generator."""

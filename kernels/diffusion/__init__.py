@@ -1,0 +1,1 @@
+"""Flow matching: schedule, samplers, guidance."""

@@ -1,0 +1,64 @@
+"""Plain torch versions of every operation: the definition that the fused versions are tested against.
+
+Each computes in float32 (float64 where the input is float64) and rounds once, at its end.
+
+Shape suffixes: B batch, F latent frames, N tokens of a frame, L tokens, H heads, K head channels, D model width.
+"""
+
+import torch
+import torch.nn.functional as functional
+from torch import Tensor
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """The tensor in float32, or unchanged if it is float64."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, score_bias: Tensor | None = None
+) -> Tensor:
+    """Softmax attention, scores scaled by 1/sqrt(K).
+
+    query [B, L, H, K]; key, value [B, M, H, K]; mask [L, M] bool, True where a query may look;
+    score_bias [B, M], added to the scores of every query. At most one of the two. Returns [B, L, H, K].
+    """
+    assert mask is None or score_bias is None
+    bias = mask if score_bias is None else score_bias[:, None, None, :].to(query.dtype)
+    heads_first = (tensor.transpose(1, 2) for tensor in (query, key, value))
+    return functional.scaled_dot_product_attention(*heads_first, attn_mask=bias).transpose(1, 2)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """Root-mean-square norm over the last dimension, in x's dtype."""
+    exact = wide(x)
+    scale = torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps)
+    return (exact * scale * weight).to(x.dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of interleaved pairs (x[2j], x[2j+1]): x [..., L, H, K], cos and sin [L, K/2]."""
+    even, odd = wide(x).unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[:, None, :], sin[:, None, :]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
+def rms_norm_rotary(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
+    """RMS norm over the full width, then heads are split and rotated.
+
+    x [B, L, D], weight [D], cos and sin [L, K/2]. Returns [B, L, H, K] with H = D / K.
+    """
+    exact = wide(x)
+    normed = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps) * weight
+    return rotate(normed.unflatten(-1, (-1, 2 * cos.shape[-1])), cos, sin).to(x.dtype)
+
+
+def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
+    """LayerNorm without affine, times (1 + scale), plus shift: x [B, F, N, D], shift and scale [B, F, 1, D]."""
+    normed = functional.layer_norm(wide(x), x.shape[-1:], eps=eps)
+    return torch.addcmul(shift, normed, 1 + scale).to(x.dtype)
+
+
+def gated_residual(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
+    """x + update · gate, summed in float32: x and update [B, F, N, D], gate [B, F, 1, D]."""
+    return torch.addcmul(wide(x), wide(update), gate).to(x.dtype)

@@ -1,0 +1,1 @@
+"""The embedded video world: renderer, captions, oracle."""

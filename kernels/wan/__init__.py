@@ -1,0 +1,1 @@
+"""The Wan2.1 model family: transformer, streaming VAE, text encoder, checkpoint formats."""

@@ -1,0 +1,1 @@
+"""Pretraining of the tiny VAE, text encoder and teacher on the sprites world."""
