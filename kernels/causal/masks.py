@@ -11,8 +11,10 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
 
 from ..ops import dispatch as ops
+from ..ops import flex
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,7 +30,14 @@ class FrameMask:
         return self.frame_positions
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Masked self-attention without a mask: frames with equal rows attend together to just their frames."""
+        """Masked self-attention of one layer: compiled FlexAttention where it runs, dense attention elsewhere."""
+        if len(self.groups) > 1 and flex.runs_compiled(query):
+            block_mask = self.block_mask(query.shape[1] // len(self.allowed), query.device)
+            return flex.attention(query, key, value, block_mask, flex.compiled())
+        return self.attend_in_groups(query, key, value)
+
+    def attend_in_groups(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        """Masked attention without a mask: frames with equal rows attend together to just their frames."""
         frames = len(self.allowed)
         queries, keys, values = (tensor.unflatten(1, (frames, -1)) for tensor in (query, key, value))
         outputs = []
@@ -44,6 +53,17 @@ class FrameMask:
         edges = [0, *changes.tolist(), len(self.allowed)]
         runs = zip(edges[:-1], edges[1:], strict=True)
         return [(slice(start, stop), _columns(self.allowed[start])) for start, stop in runs]
+
+    def block_mask(self, tokens_per_frame: int, device: torch.device) -> BlockMask:
+        """The mask for FlexAttention, made once for each number of tokens per frame and device."""
+        key = (tokens_per_frame, device)
+        if key not in self._block_masks:
+            self._block_masks[key] = flex.frame_block_mask(self.allowed, tokens_per_frame, device)
+        return self._block_masks[key]
+
+    @cached_property
+    def _block_masks(self) -> dict[tuple[int, torch.device], BlockMask]:
+        return {}
 
     def tokens(self, tokens_per_frame: int) -> Tensor:
         """The mask token by token: bool [L, L]."""

@@ -1,0 +1,70 @@
+"""The `reelway` command. A sub-command's module is imported only when that sub-command runs."""
+
+import importlib
+import sys
+from collections.abc import Callable
+from typing import Annotated
+
+import typer
+
+from .. import __version__
+
+# Name of a sub-command and of its module here, and the line that --help shows. The module's `app` is a typer
+# app, and may import what it likes.
+COMMANDS = {
+    "checkpoint": "Inspect, import and export checkpoints of video transformers.",
+    "demo": "Stream a video and write it to demo/.",
+    "pretrain": "Train a tiny VAE, text encoder and teacher on the sprites world.",
+}
+USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+
+app = typer.Typer(name="reelway", no_args_is_help=True, add_completion=False)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def reelway(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Distil bidirectional video diffusion models into streaming causal ones, and run them."""
+
+
+def _forwarding_to(name: str) -> Callable[[typer.Context], None]:
+    def run(context: typer.Context) -> None:
+        module = importlib.import_module(f".{name}", __package__)
+        module.app(args=context.args, prog_name=f"reelway {name}")
+
+    return run
+
+
+for _name, _help in COMMANDS.items():
+    app.command(
+        _name,
+        help=_help,
+        add_help_option=False,  # --help belongs to the sub-command
+        context_settings={
+            "allow_extra_args": True,
+            "ignore_unknown_options": True,
+            "allow_interspersed_args": False,
+        },
+    )(_forwarding_to(_name))
+
+
+def main() -> None:
+    """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    try:
+        app(prog_name="reelway")
+    except USER_ERRORS as error:
+        sys.stderr.write(f"reelway: {' '.join(str(error).split())}\n")
+        raise SystemExit(2) from None
+
+
+if __name__ == "__main__":
+    main()
