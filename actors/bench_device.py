@@ -154,7 +154,7 @@ def _processor() -> str:
 
 
 def versions() -> dict[str, str | None]:
-    """Versions of what was measured; None: not installed. `commit` ends in + where tracked files were changed."""
+    """Versions of what was measured; None: not installed. `commit` ends in + if tracked files were changed."""
     found: dict[str, str | None] = {"reelway": __version__, "commit": _commit(), "cuda": torch.version.cuda}
     installed = {distribution.name.lower(): distribution.version for distribution in metadata.distributions()}
     return found | {name: installed.get(name) for name in PACKAGES}

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from importlib import util
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..kernels.causal.student import StudentSettings
 from ..kernels.wan.config import TransformerConfig
@@ -35,20 +35,17 @@ class Acceleration:
         for wanted, flag in ((self.cuda_graphs, "--cuda-graphs"), (self.fp8, "--fp8")):
             if wanted and device.type != "cuda":
                 raise ValueError(f"{flag}: needs a CUDA device, got {device.type}")
-        if self.cuda_graphs and (student.window % student.block or student.sink % student.block):
-            raise ValueError(
-                f"--cuda-graphs: window and sink must be whole blocks of {student.block}, "
-                f"got window {student.window} and sink {student.sink}"
-            )
+        parts = {"first block": student.size_of(0), "window": student.window, "sink": student.sink}
+        for part, frames in parts.items():
+            if self.cuda_graphs and frames % student.block:
+                raise ValueError(f"--cuda-graphs: {part} must be whole blocks of {student.block}, got {frames}")
         if self.fp8:
             self._check_fp8(device, dtype)
 
     def _check_fp8(self, device: torch.device, dtype: torch.dtype) -> None:
         capability = torch.cuda.get_device_capability(device)
         if capability < FP8_CAPABILITY:
-            raise ValueError(
-                f"--fp8: needs compute capability 8.9 or above, got {capability[0]}.{capability[1]}"
-            )
+            raise ValueError(f"--fp8: needs compute capability 8.9 or above, got {capability[0]}.{capability[1]}")
         if dtype != torch.bfloat16:
             raise ValueError(f"--fp8: needs --dtype bf16, got {dtype}")
         if util.find_spec("torchao") is None:
@@ -63,14 +60,15 @@ def build_network(
     acceleration: Acceleration,
     student: StudentSettings,
 ) -> "MeasuredTransformer":
-    """The network in `dtype` on `device`, with the weights of `state`, or random ones."""
+    """The network in `dtype` on `device`, with the weights of `state`, or random ones.
+
+    Compiled and captured as `acceleration` says; float8 is the caller's (`bench.quantise_blocks`).
+    """
     with torch.device(device):
         network = MeasuredTransformer(config)
     if state is not None:
         load_into(network, state)
     network.to_precision(dtype).requires_grad_(False).eval()
-    if acceleration.fp8:
-        _quantise_blocks(network)
     if acceleration.compile:
         network.compile_blocks()
     if acceleration.cuda_graphs:
@@ -78,9 +76,7 @@ def build_network(
     return network
 
 
-def cut(
-    config: TransformerConfig, state: State | None, layers: int
-) -> tuple[TransformerConfig, State | None]:
+def cut(config: TransformerConfig, state: State | None, layers: int) -> tuple[TransformerConfig, State | None]:
     """The first `layers` blocks of a network; ValueError if it does not have as many."""
     if not 1 <= layers <= config.num_layers:
         raise ValueError(f"--layers: must be 1 to {config.num_layers}, got {layers}")
@@ -108,7 +104,10 @@ class MeasuredTransformer(VideoTransformer):
             block.compile()
 
     def capture_blocks_of(self, student: StudentSettings) -> None:
-        """Replay passes as CUDA graphs from when the student's window is full. One generator at a time."""
+        """Replay passes as CUDA graphs from when the student's window is full.
+
+        For the streams of one generator at a time, each from its beginning and under one prompt.
+        """
         self._student = student
 
     def forget_captures(self) -> None:
@@ -124,11 +123,14 @@ class MeasuredTransformer(VideoTransformer):
         attention: SelfAttentionPattern = BIDIRECTIONAL,
     ) -> Tensor:
         pattern = attention if self._eager_attend is None else Opaque(attention, self._eager_attend)
-        slots = None if attention is BIDIRECTIONAL else self._steady_slots(latents, attention)
-        if slots is None or not isinstance(text, TextKeys):
+        if self._student is None or attention is BIDIRECTIONAL or isinstance(text, TextContext):
+            return super().forward(latents, timesteps, text, pattern)
+        start = int(attention.positions(latents.shape[1])[0])
+        keys = self._follow(text, start)
+        slots = steady_slots(self._student, start, latents.shape[1])
+        if slots is None:
             return super().forward(latents, timesteps, text, pattern)
         inputs = (latents, timesteps, *self.rotation(latents, attention))
-        keys = self._keep_text(text)
         key = (slots, *latents.shape)
         if key not in self._passes:
             self._passes[key] = CapturedPass(lambda *held: self.rotated(*held, keys, pattern), inputs)
@@ -157,36 +159,33 @@ class MeasuredTransformer(VideoTransformer):
             x = block(x, layer, modulation, (cos, sin), attention, text.layers[layer], text.score_bias)
         return self._head(x, embedding, height, width).to(latents.dtype)
 
-    def _steady_slots(self, latents: Tensor, attention: SelfAttentionPattern) -> int | None:
-        """Which of the window's slots an open block uses, counted in blocks; None while the window fills.
-
-        A full window goes round: the sink stays, and each block takes the slots of the oldest one.
-        """
-        student, frames = self._student, latents.shape[1]
-        if student is None or frames != student.block:
-            return None
-        start = int(attention.positions(frames)[0])
-        if start + frames < student.window:
-            return None
-        return (start - student.sink) // frames % ((student.window - student.sink) // frames)
-
-    def _keep_text(self, text: TextKeys) -> TextKeys:
-        """The same keys in memory that stays where it is: a graph reads addresses."""
-        if text is self._given_text and self._held_text is not None:
-            return self._held_text
+    def _follow(self, text: TextKeys, start: int) -> TextKeys:
+        """The stream's text keys in memory that stays where it is: a graph reads addresses."""
         held = self._held_text
+        if held is not None and text is self._given_text:
+            return held
+        assert start == 0, "a captured stream keeps its prompt: a switch refills the cache from another slot"
+        self._given_text = text
         if held is None or held.score_bias.shape != text.score_bias.shape:
             self._passes.clear()
             layers = tuple((keys.clone(), values.clone()) for keys, values in text.layers)
-            self._held_text = TextKeys(layers, text.score_bias.clone())
-        else:
-            held.score_bias.copy_(text.score_bias)
-            for old, new in zip(held.layers, text.layers, strict=True):
-                old[0].copy_(new[0])
-                old[1].copy_(new[1])
-        self._given_text = text
-        assert self._held_text is not None
-        return self._held_text
+            held = self._held_text = TextKeys(layers, text.score_bias.clone())
+            return held
+        held.score_bias.copy_(text.score_bias)
+        for kept, given in zip(held.layers, text.layers, strict=True):
+            kept[0].copy_(given[0])
+            kept[1].copy_(given[1])
+        return held
+
+
+def steady_slots(student: StudentSettings, start: int, frames: int) -> int | None:
+    """Which of the window's slots the block at latent frame `start` uses, in blocks; None while the window fills.
+
+    A full window goes round: the sink stays, and each block takes the slots of the oldest one.
+    """
+    if start + frames < student.window:
+        return None
+    return (start - student.sink) // frames % ((student.window - student.sink) // frames)
 
 
 class CapturedPass:
@@ -196,9 +195,7 @@ class CapturedPass:
         self._inputs = tuple(tensor.clone() for tensor in inputs)
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(
-            side
-        ):  # libraries set themselves up, and compilers compile, before the capture
+        with torch.cuda.stream(side):  # libraries set themselves up, and compilers compile, before the capture
             for _ in range(2):
                 work(*self._inputs)
         torch.cuda.current_stream().wait_stream(side)
@@ -215,7 +212,7 @@ class CapturedPass:
 
 
 class Opaque:
-    """An attention pattern that a compiler does not look into: a cache's bookkeeping differs on every call."""
+    """An attention pattern that a compiler does not look into: a cache's bookkeeping differs every time."""
 
     def __init__(self, pattern: SelfAttentionPattern, attend: Callable[..., Tensor]) -> None:
         self._pattern = pattern
@@ -230,15 +227,3 @@ class Opaque:
 
 def _attend(pattern: SelfAttentionPattern, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     return pattern.attend(layer, query, key, value)
-
-
-def _quantise_blocks(network: VideoTransformer) -> None:
-    """Linear layers of the blocks to float8, weights and inputs row by row, inputs scaled as they come."""
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
-
-    def chosen(module: nn.Module, _: str) -> bool:
-        return isinstance(module, nn.Linear)
-
-    quantize_(
-        network.blocks, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), filter_fn=chosen
-    )

@@ -117,7 +117,5 @@ def _optimizers(
     adamw = torch.optim.AdamW(rest, rate, settings.betas, weight_decay=decay, fused=True)
     if not views:
         return [adamw]
-    muon = torch.optim.Muon(
-        [view for _, view in views], rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw"
-    )
+    muon = torch.optim.Muon([view for _, view in views], rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
     return [adamw, muon]

@@ -1,14 +1,14 @@
 """One training step of the tiny VAE, and of the teacher with its text encoder."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..kernels.diffusion.schedule import add_noise
 from ..kernels.objectives.flow_matching import flow_matching_loss
-from ..kernels.objectives.reconstruction import reconstruction_loss
+from ..kernels.objectives.reconstruction import psnr, reconstruction_loss
 from ..kernels.wan.text import TextEncoder
 from ..kernels.wan.transformer import VideoTransformer
 from ..kernels.wan.vae import StreamingVAE
@@ -26,10 +26,13 @@ def to_video(pixels: Tensor) -> Tensor:
 
 
 class VAELearner:
-    """Trains a `StreamingVAE` to reconstruct clips."""
+    """Trains a `StreamingVAE` to reconstruct clips. weights: of `reconstruction_loss`, by name."""
 
-    def __init__(self, vae: StreamingVAE, settings: OptimizerSettings, device: str = "cpu") -> None:
+    def __init__(
+        self, vae: StreamingVAE, settings: OptimizerSettings, weights: Mapping[str, float], device: str = "cpu"
+    ) -> None:
         self.engine = TorchEngine(vae, settings, device)
+        self._weights = dict(weights)
 
     def step(self, video: Tensor) -> dict[str, float]:
         """video: uint8 [B, T, H, W, 3], T = 1 + 4k frames."""
@@ -38,8 +41,9 @@ class VAELearner:
         with self.engine.autocast():
             mean, logvar = vae.encode_moments(pixels)
             decoded = vae.decode_raw(mean)
-        loss = reconstruction_loss(pixels, decoded.float(), mean.float(), logvar.float()).loss
-        return self.engine.update(loss)
+        terms = reconstruction_loss(pixels, decoded.float(), mean.float(), logvar.float(), **self._weights)
+        decibels = psnr((pixels + 1) / 2, (decoded.detach().float().clamp(-1, 1) + 1) / 2).mean()
+        return {**self.engine.update(terms.loss), "psnr": decibels.item()}
 
     def state_dict(self) -> dict[str, Any]:
         return self.engine.state_dict()
@@ -63,7 +67,11 @@ class TeacherLearner:
     """Trains the bidirectional transformer by flow matching, and the text encoder along with it."""
 
     def __init__(
-        self, transformer: VideoTransformer, encoder: TextEncoder, settings: OptimizerSettings, device: str = "cpu"
+        self,
+        transformer: VideoTransformer,
+        encoder: TextEncoder,
+        settings: OptimizerSettings,
+        device: str = "cpu",
     ) -> None:
         self._encoder = encoder
         networks = nn.ModuleDict({"transformer": transformer, "text_encoder": encoder.model})

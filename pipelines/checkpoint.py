@@ -33,9 +33,7 @@ class Names(enum.StrEnum):
 
 HeadDim = Annotated[
     int | None,
-    typer.Option(
-        help="Channels of an attention head; by default that of the known model of this shape, or 128."
-    ),
+    typer.Option(help="Channels of an attention head; by default that of the known model of this shape, or 128."),
 ]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 

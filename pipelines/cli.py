@@ -12,8 +12,10 @@ from .. import __version__
 # Name of a sub-command and of its module here, and the line that --help shows. The module's `app` is a typer
 # app, and may import what it likes.
 COMMANDS = {
+    "bench": "Measure a streaming student and its teacher: speed, latency, memory, and their floor.",
     "checkpoint": "Inspect, import and export checkpoints of video transformers.",
     "demo": "Stream a video and write it to demo/.",
+    "sprites": "Look at the embedded video world; grade models and videos in it.",
     "pretrain": "Train a tiny VAE, text encoder and teacher on the sprites world.",
 }
 USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)

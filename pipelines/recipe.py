@@ -40,10 +40,20 @@ class OptimizerRecipe(Strict):
     muon: bool = True
 
 
+class ReconstructionRecipe(Strict):
+    """Weights of the VAE's loss terms, see `kernels.objectives.reconstruction`."""
+
+    absolute_weight: Share = 1.0
+    square_weight: Annotated[float, Field(ge=0)] = 10.0
+    edge_weight: Annotated[float, Field(ge=0)] = 1.0
+    kl_weight: Annotated[float, Field(ge=0)] = 1e-6
+
+
 class VAERecipe(Strict):
     """`AutoencoderKLWan`'s shape and its training. Field names of `network` are diffusers'."""
 
     network: dict[str, Any]
+    loss: ReconstructionRecipe = ReconstructionRecipe()
     steps: Positive = 3000
     batch: Positive = 8
     clip_frames: Positive = 17

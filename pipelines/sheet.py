@@ -11,7 +11,9 @@ TEXT_HEIGHT = 18
 GAP = 3
 
 
-def contact_sheet(rows: Sequence[tuple[str, np.ndarray]], path: Path, *, columns: int = COLUMNS, scale: int = 2) -> None:
+def contact_sheet(
+    rows: Sequence[tuple[str, np.ndarray]], path: Path, *, columns: int = COLUMNS, scale: int = 2
+) -> None:
     """Write a PNG. rows: (text, frames uint8 [T, H, W, 3]); `columns` frames of each, evenly spread, enlarged."""
     strips = [_strip(text, frames, columns, scale) for text, frames in rows]
     width = max(strip.width for strip in strips)

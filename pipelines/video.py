@@ -17,9 +17,7 @@ class VideoWriter:
         self._path = path
         self._temporary = path.with_name(f".{path.name}.partial")
         path.parent.mkdir(parents=True, exist_ok=True)
-        self._container = av.open(
-            str(self._temporary), "w", format="mp4", container_options={"movflags": "faststart"}
-        )
+        self._container = av.open(str(self._temporary), "w", format="mp4", container_options={"movflags": "faststart"})
         self._stream = self._container.add_stream("libx264", rate=frames_per_second, options={"crf": "16"})
         self._stream.pix_fmt = "yuv420p"
         self._size: tuple[int, int] | None = None
@@ -48,4 +46,4 @@ class VideoWriter:
         if kind is None:
             self._temporary.replace(self._path)
         else:
-            self._temporary.unlink()
+            self._temporary.unlink(missing_ok=True)  # there is none before the first frame

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..diffusion.noise import SampleKey, draw_noise
-from ..diffusion.schedule import add_noise, uniform_timesteps, velocity_to_clean
+from ..diffusion.sampler import few_step_sample
+from ..diffusion.schedule import add_noise, uniform_timesteps
 from ..wan.context import TextContext
 from ..wan.transformer import TextKeys, VideoTransformer
 from .cache import CacheShape, KVCache
@@ -71,11 +72,15 @@ class ChunkGenerator:
             self._check_block(source, frames)
             noisy = add_noise(source.to(noisy), noisy, uniform_timesteps(noisy, levels[0]))
         block = self.cache.open(frames)
-        for step, level in enumerate(levels):
-            if step:
-                noisy = add_noise(clean, self._noise(start, frames, step), uniform_timesteps(clean, level))
-            t = uniform_timesteps(noisy, level)
-            clean = velocity_to_clean(self.model(noisy, t, self._text, block), noisy, t)
+
+        def velocity(latents: Tensor, timesteps: Tensor) -> Tensor:
+            predicted: Tensor = self.model(latents, timesteps, self._text, block)
+            return predicted
+
+        def fresh_noise(step: int, like: Tensor) -> Tensor:
+            return self._noise(start, frames, step)
+
+        clean = few_step_sample(velocity, noisy, levels, fresh_noise)
         if keep:
             self._remember(clean)
         return clean
@@ -102,7 +107,10 @@ class ChunkGenerator:
         """All that the streams need to go on, except prompt and settings; ready for safetensors."""
         empty = torch.zeros(len(self.keys), 0, *self.frame_shape)
         history = torch.cat(self._history, dim=1) if self._history else empty
-        return {"history": history, **{f"cache.{name}": value for name, value in self.cache.state_dict().items()}}
+        return {
+            "history": history,
+            **{f"cache.{name}": value for name, value in self.cache.state_dict().items()},
+        }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Continue from a `state_dict` of streams of the same shape; ValueError names what differs."""

@@ -8,6 +8,7 @@ section 4.1; window and sink, LongLive (arXiv 2509.22622) section 3; teacher for
 
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ class FrameMask:
         return self.frame_positions
 
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """Masked self-attention of one layer: compiled FlexAttention where it runs, dense attention elsewhere."""
+        """Masked self-attention: compiled FlexAttention where it runs, dense attention in groups elsewhere."""
         if len(self.groups) > 1 and flex.runs_compiled(query):
             block_mask = self.block_mask(query.shape[1] // len(self.allowed), query.device)
             return flex.attention(query, key, value, block_mask, flex.compiled())
@@ -51,8 +52,7 @@ class FrameMask:
         """Runs of consecutive frames that see the same frames: (their rows, what they see)."""
         changes = (self.allowed[1:] != self.allowed[:-1]).any(dim=1).nonzero().flatten() + 1
         edges = [0, *changes.tolist(), len(self.allowed)]
-        runs = zip(edges[:-1], edges[1:], strict=True)
-        return [(slice(start, stop), _columns(self.allowed[start])) for start, stop in runs]
+        return [(slice(start, stop), _columns(self.allowed[start])) for start, stop in pairwise(edges)]
 
     def block_mask(self, tokens_per_frame: int, device: torch.device) -> BlockMask:
         """The mask for FlexAttention, made once for each number of tokens per frame and device."""

@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import asdict, dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ class StudentSettings:
         object.__setattr__(self, "timesteps", tuple(float(value) for value in self.timesteps))
         check_window(self.window, self.sink, max(self.block, self.first_block or 0))
         levels = self.timesteps
-        falling = all(later < earlier for earlier, later in zip(levels, levels[1:], strict=False))
+        falling = all(later < earlier for earlier, later in pairwise(levels))
         if not levels or levels[0] > 1000 or levels[-1] <= 0 or not falling:
             raise ValueError(f"student: timesteps must fall within (0, 1000], got {list(levels)}")
 

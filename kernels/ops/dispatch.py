@@ -1,8 +1,8 @@
-"""Chooses, by device, the version of each operation that runs; signatures and meaning are those of `reference`.
+"""Chooses, by device, the version of each operation that runs. Signatures and meaning: see `reference`.
 
-On CUDA: Triton kernels for the norms, modulation, the gated residual and attention with a score bias (a bias takes
-`scaled_dot_product_attention` off its fast path); torch's own attention for the rest. Everywhere else, and for
-what the kernels do not cover: the reference. Triton is imported only where its kernels can run.
+On CUDA: Triton kernels for the norms, modulation, the gated residual and attention with a score bias (a bias
+takes `scaled_dot_product_attention` off its fast path); torch's own attention for the rest. Everywhere else,
+and for what the kernels do not cover: the reference. Triton is imported only where its kernels can run.
 
 Under gradient the Triton element-wise kernels run with the backward of `gradients`; Triton attention has no
 backward, so there the reference runs. Each choice is logged once, with its reason, at level INFO.
@@ -10,7 +10,7 @@ backward, so there the reference runs. Each choice is logged once, with its reas
 The environment variable REELWAY_OPS, read once at import, is for tests and benchmarks:
     auto       the choice above (the default)
     reference  plain torch everywhere
-    triton     Triton wherever a kernel covers the case, dense attention too; an error where kernels cannot run.
+    triton     Triton wherever a kernel covers the case, dense attention too; an error where none can run.
                With TRITON_INTERPRET=1 they run on the CPU, in Triton's interpreter.
 """
 
@@ -50,7 +50,8 @@ MODE = read_mode(os.environ.get("REELWAY_OPS", "auto"))
 def attention(
     query: Tensor, key: Tensor, value: Tensor, *, mask: Tensor | None = None, score_bias: Tensor | None = None
 ) -> Tensor:
-    if _runs_triton("attention" + _kind(mask, score_bias), query, _attention_gap(query, key, value, mask, score_bias)):
+    gap = _attention_gap(query, key, value, mask, score_bias)
+    if _runs_triton("attention" + _kind(mask, score_bias), query, gap):
         from . import flash
 
         return flash.attention(query, key, value, score_bias=score_bias)
@@ -82,8 +83,7 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> 
 
 
 def gated_residual(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    gap = _row_gap(x, update, gate) or _frame_gap(x, gate) or (None if update.shape == x.shape else "broadcast update")
-    if _runs_triton("gated_residual", x, gap):
+    if _runs_triton("gated_residual", x, _row_gap(x, update, gate) or _frame_gap(x, gate)):
         from . import fused
 
         return gradients.gated_residual(fused.gated_residual, x, update, gate)
@@ -91,12 +91,12 @@ def gated_residual(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
 
 
 def kernels_gap(device: torch.device) -> str | None:
-    """Why compiled kernels cannot run on `device`, or None; ValueError where REELWAY_OPS=triton asks for them."""
+    """Why compiled kernels cannot run on `device`, or None; ValueError if REELWAY_OPS=triton."""
     if MODE == "reference":
         return "REELWAY_OPS=reference"
     gap = _device_gap(device)
     if gap is not None and MODE == "triton":
-        raise ValueError(f"REELWAY_OPS: triton needs Triton and a CUDA device (or TRITON_INTERPRET=1), but {gap}")
+        raise ValueError(f"REELWAY_OPS: triton needs CUDA (or TRITON_INTERPRET=1) and Triton, but {gap}")
     return gap
 
 

@@ -1,7 +1,7 @@
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def"
 """Triton attention with an online softmax: scores never reach memory. Forward only.
 
-Scores, softmax and sums are float32; the probabilities are rounded to the values' dtype for the second product.
+Scores, softmax and sums are float32; probabilities are rounded to the values' dtype for the second product.
 Source: FlashAttention-2, arXiv 2307.08691, algorithm 1.
 
 Shape suffixes: B batch, L queries, M keys, H heads, K head channels.
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_LOG2_E = 1.4426950408889634  # exp(x) is exp2(x · log2 e), one instruction
+LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) is exp2(x · log2 e), one instruction
 
 
 @triton.jit
@@ -43,7 +43,7 @@ def _attention_kernel(
         scores = tl.dot(rows, tl.trans(seen), input_precision="ieee") * scale
         if BIASED:
             bias = tl.load(score_bias + batch * bias_b + column, mask=column < keys, other=0.0)
-            scores += bias.to(tl.float32)[None, :] * 1.4426950408889634
+            scores += bias.to(tl.float32)[None, :] * LOG2_E
         scores = tl.where(column[None, :] < keys, scores, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(scores, axis=1))
         # Until a row has seen a key that counts, its maximum is −inf and −inf − (−inf) would be NaN.
@@ -63,29 +63,35 @@ def _attention_kernel(
 
 
 def attention(query: Tensor, key: Tensor, value: Tensor, *, score_bias: Tensor | None = None) -> Tensor:
-    """`reference.attention` without a mask: query [B, L, H, K], key and value [B, M, H, K], score_bias [B, M].
+    """`reference.attention` without a mask: query [B, L, H, K]; key, value [B, M, H, K]; score_bias [B, M].
 
     K is a multiple of 16, at most 256. A row whose every score is −inf attends to nothing and becomes zero.
     """
     batch, queries, heads, channels = query.shape
-    query, key, value = (tensor if tensor.stride(-1) == 1 else tensor.contiguous() for tensor in (query, key, value))
-    bias = query if score_bias is None else score_bias if score_bias.stride(-1) == 1 else score_bias.contiguous()
+    query, key, value = _dense_rows(query), _dense_rows(key), _dense_rows(value)
+    bias = query if score_bias is None else _dense_rows(score_bias)  # without a bias the pointer is not read
     out = query.new_empty(batch, queries, heads, channels)
     tile = _tile(query, key.shape[1])
+    scale = channels**-0.5 * LOG2_E.value
     with torch.cuda.device_of(query):
         _attention_kernel[(triton.cdiv(queries, tile["ROWS"]), batch * heads)](
-            query, key, value, bias, out, heads, queries, key.shape[1], channels, channels**-0.5 * _LOG2_E,
+            query, key, value, bias, out, heads, queries, key.shape[1], channels, scale,
             *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], bias.stride(0),
             BIASED=score_bias is not None, **tile,
         )  # fmt: skip
     return out
 
 
+def _dense_rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
+
+
 def _tile(query: Tensor, keys: int) -> dict[str, int]:
-    """Rows and columns of a tile: smaller for wide heads and for float32, whose tiles take twice the memory."""
+    """Rows and columns of a tile: fewer for wide heads and for float32, which take twice the memory."""
     channels = triton.next_power_of_2(query.shape[-1])
     large = channels <= 128 and query.dtype != torch.float32
     rows = min(128 if large else 32, max(16, triton.next_power_of_2(query.shape[1])))
     columns = min(64 if large else 32, max(16, triton.next_power_of_2(keys)))
     warps = 8 if rows == 128 and channels == 128 else 4
-    return {"ROWS": rows, "COLUMNS": columns, "CHANNELS": channels, "num_warps": warps, "num_stages": 2}
+    stages = 2 if channels <= 128 else 1
+    return {"ROWS": rows, "COLUMNS": columns, "CHANNELS": channels, "num_warps": warps, "num_stages": stages}

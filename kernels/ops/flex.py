@@ -1,9 +1,10 @@
 """FlexAttention for masks of latent frames: one compiled kernel that skips the tiles nobody looks at.
 
-The mask is a function of token indices over a small table of frames, so no [L, L] tensor is ever made, and the
-sequence needs no padding: the kernel handles a last tile that is not full.
+The mask is a function of token indices over a small table of frames, so no [L, L] tensor is ever made, and
+the sequence needs no padding: the kernel handles a last tile that is not full.
 
-Source: FlexAttention, arXiv 2412.05496. Shape suffixes: B batch, F latent frames, L tokens, H heads, K head channels.
+Source: FlexAttention, arXiv 2412.05496.
+Shape suffixes: B batch, F latent frames, N tokens of a frame, L tokens, H heads, K head channels.
 """
 
 from collections.abc import Callable
@@ -40,7 +41,7 @@ def attention(
 
 
 def frame_block_mask(allowed: Tensor, tokens_per_frame: int, device: torch.device) -> BlockMask:
-    """The mask of a table of frames, bool [F, F] (True: the row's frame sees the column's), for L = F · N tokens.
+    """The mask of a table of frames, bool [F, F] (True: the row's frame sees the column's), for F · N tokens.
 
     Which tiles are empty or full follows from the table alone: its sums over the frames that a tile touches.
     """
@@ -78,6 +79,6 @@ def _tiles(allowed: Tensor, tokens_per_frame: int) -> tuple[Tensor, Tensor]:
 
 
 def _ordered(tiles: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Per row of tiles: how many columns count, and all columns with those first: int32 [1, 1, R] and [1, 1, R, C]."""
+    """Per row of tiles, how many columns count, and all columns, those first: [1, 1, R] and [1, 1, R, C]."""
     counts, columns = tiles.sum(1), tiles.int().argsort(dim=1, descending=True, stable=True)
     return counts[None, None].to(device, torch.int32), columns[None, None].to(device, torch.int32)

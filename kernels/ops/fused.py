@@ -1,10 +1,11 @@
 # mypy: disable-error-code="import-untyped, untyped-decorator, no-untyped-def"
 """Triton versions of the norms, the rotary embedding, modulation and the gated residual. Forward only.
 
-One program takes a tile of whole rows (a row is one token): it is read once, kept in registers in float32, and
-written once. Importing this module imports Triton; `dispatch` does so only where the kernels can run.
+One program takes a tile of whole rows (a row is one token): it is read once, kept in registers in float32,
+and written once. Importing this module imports Triton; `dispatch` does so only where the kernels can run.
 
-Shape suffixes: B batch, F latent frames, N tokens of a frame, L tokens, H heads, K head channels, D model width.
+Shape suffixes: B batch, F latent frames, N tokens of a frame, L tokens, H heads, K head channels,
+D model width.
 """
 
 import torch
@@ -23,7 +24,8 @@ def _rms_norm_kernel(x, weight, out, rows, width, eps, ROWS: tl.constexpr, WIDTH
     exact = tl.load(x + row * width + channel, mask=inside, other=0.0).to(tl.float32)
     scale = tl.rsqrt(tl.sum(exact * exact, axis=1) / width + eps)
     gain = tl.load(weight + channel, mask=channel < width, other=0.0).to(tl.float32)
-    tl.store(out + row * width + channel, (exact * scale[:, None] * gain).to(out.dtype.element_ty), mask=inside)
+    normed = exact * scale[:, None] * gain
+    tl.store(out + row * width + channel, normed.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -45,9 +47,8 @@ def _rms_norm_rotary_kernel(
     cosine = tl.load(cos + angle, mask=known, other=0.0)
     sine = tl.load(sin + angle, mask=known, other=0.0)
     turned = tl.join(even * cosine - odd * sine, even * sine + odd * cosine)
-    tl.store(
-        out + row * width + channel, tl.reshape(turned, (ROWS, WIDTH)).to(out.dtype.element_ty), mask=inside
-    )
+    flat = tl.reshape(turned, (ROWS, WIDTH))
+    tl.store(out + row * width + channel, flat.to(out.dtype.element_ty), mask=inside)
 
 
 @triton.jit
@@ -96,13 +97,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def rms_norm_rotary(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
     """`reference.rms_norm_rotary`: x [B, L, D], weight [D], cos and sin [L, K/2] to [B, L, H, K]."""
     batch, length, width = x.shape
-    pairs = cos.shape[-1]
-    x, out = x.contiguous(), x.new_empty(batch, length, width // (2 * pairs), 2 * pairs)
-    grid, tile = _tiles(batch * length, width)
+    rows, pairs = batch * length, cos.shape[-1]
+    x, cos, sin = x.contiguous(), cos.contiguous(), sin.contiguous()
+    out = x.new_empty(batch, length, width // (2 * pairs), 2 * pairs)
+    grid, tile = _tiles(rows, width)
     with torch.cuda.device_of(x):
-        _rms_norm_rotary_kernel[grid](
-            x, weight, cos.contiguous(), sin.contiguous(), out, batch * length, length, width, pairs, eps, **tile
-        )
+        _rms_norm_rotary_kernel[grid](x, weight, cos, sin, out, rows, length, width, pairs, eps, **tile)
     return out
 
 
@@ -123,6 +123,7 @@ def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> 
 
 def gated_residual(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
     """`reference.gated_residual`: x and update [B, F, N, D], gate [B, F, 1, D]."""
+    assert x.shape == update.shape
     x, update = x.contiguous(), update.contiguous()
     out = torch.empty_like(x)
     tokens, width = x.shape[-2:]

@@ -1,10 +1,12 @@
-"""Operations with a written-out backward: fewer passes over memory than autograd needs, and only inputs are kept.
+"""Operations with a written-out backward, which give gradients to kernels that have only a forward.
 
-Each takes first the version that computes the value: a fused kernel, or the reference, of the same signature. The
-backward is the same for all of them. It computes in float32 (float64 for float64) and rounds
-once, like the forward. It cannot itself be differentiated: second derivatives and forward mode need the reference.
+Each takes first the version that computes the value: a fused kernel, or the reference, of the same signature.
+The backward is the same for all of them, computes in float32 (float64 for float64) and rounds once, as the
+forward does, and keeps nothing but the inputs. It cannot itself be differentiated: second derivatives and
+forward mode need the reference.
 
-Shape suffixes: B batch, F latent frames, N tokens of a frame, L tokens, H heads, K head channels, D model width.
+Shape suffixes: B batch, F latent frames, N tokens of a frame, L tokens, H heads, K head channels,
+D model width.
 """
 
 from collections.abc import Callable
@@ -20,23 +22,23 @@ Version = Callable[..., Tensor]
 
 
 def rms_norm(version: Version, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    result: Tensor = _RMSNorm.apply(version, x, weight, eps)
+    result: Tensor = _RMSNorm.apply(version, x, weight, eps)  # type: ignore[no-untyped-call]
     return result
 
 
 def rms_norm_rotary(version: Version, x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
     """cos and sin are constants: no gradient flows into them."""
-    result: Tensor = _RMSNormRotary.apply(version, x, weight, eps, cos, sin)
+    result: Tensor = _RMSNormRotary.apply(version, x, weight, eps, cos, sin)  # type: ignore[no-untyped-call]
     return result
 
 
 def layer_norm_modulate(version: Version, x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    result: Tensor = _LayerNormModulate.apply(version, x, shift, scale, eps)
+    result: Tensor = _LayerNormModulate.apply(version, x, shift, scale, eps)  # type: ignore[no-untyped-call]
     return result
 
 
 def gated_residual(version: Version, x: Tensor, update: Tensor, gate: Tensor) -> Tensor:
-    result: Tensor = _GatedResidual.apply(version, x, update, gate)
+    result: Tensor = _GatedResidual.apply(version, x, update, gate)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -56,9 +58,7 @@ class _RMSNorm(torch.autograd.Function):
 
 class _RMSNormRotary(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, version: Version, x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, version: Version, x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight, cos, sin)
         ctx.eps = eps
         return version(x, weight, eps, cos, sin)
@@ -99,7 +99,7 @@ class _LayerNormModulate(torch.autograd.Function):
         grad_shift = grad.sum_to_size(shift.shape).to(shift.dtype)
         grad_scale = normed.mul_(grad).sum_to_size(scale.shape).to(scale.dtype)
         grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(
-            grad * (1 + scale), exact, width, mean, inverse_deviation, None, None, [True, False, False]
+            grad * (1 + scale.to(grad.dtype)), exact, width, mean, inverse_deviation, None, None, [True, False, False]
         )
         return None, grad_x.to(x.dtype), grad_shift, grad_scale, None
 

@@ -1,9 +1,10 @@
 """Plain torch versions of every operation: the definition that the fused versions are tested against.
 
-Each computes in float32 (float64 where the input is float64) and rounds once, at its end. They are also what runs
-on the CPU, so each is written with as few passes over memory as plain torch allows.
+Each computes in float32 (float64 where the input is float64) and rounds once, at its end. They are also what
+runs on the CPU, so each is written with as few passes over memory as plain torch allows.
 
-Shape suffixes: B batch, F latent frames, N tokens of a frame, L tokens, H heads, K head channels, D model width.
+Shape suffixes: B batch, F latent frames, N tokens of a frame, L tokens, H heads, K head channels,
+D model width.
 """
 
 import torch
@@ -32,7 +33,7 @@ def attention(
 
 
 def _biased_attention_on_cpu(query: Tensor, key: Tensor, value: Tensor, score_bias: Tensor) -> Tensor:
-    """In float32 also under autocast: in bfloat16 log n loses three digits, and the backward takes 3 times as long."""
+    """In float32, under autocast too: bfloat16 would round log n, and its backward takes 3 times as long."""
     exact = wide(query)
     bias = score_bias[:, None, None, :].to(exact.dtype)
     with torch.autocast("cpu", enabled=False):
@@ -74,9 +75,9 @@ def rms_norm_rotary(x: Tensor, weight: Tensor, eps: float, cos: Tensor, sin: Ten
 
 
 def layer_norm_modulate(x: Tensor, shift: Tensor, scale: Tensor, eps: float) -> Tensor:
-    """LayerNorm without affine, times (1 + scale), plus shift: x [B, F, N, D], shift and scale [B, F, 1, D]."""
+    """LayerNorm without affine, · (1 + scale) + shift: x [B, F, N, D], shift and scale [B, F, 1, D]."""
     normed = functional.layer_norm(wide(x), x.shape[-1:], eps=eps)
-    return torch.addcmul(shift, normed, 1 + scale).to(x.dtype)
+    return torch.addcmul(wide(shift), normed, 1 + scale.to(normed.dtype)).to(x.dtype)
 
 
 def gated_residual(x: Tensor, update: Tensor, gate: Tensor) -> Tensor:

@@ -30,8 +30,8 @@ BROKEN_WEIGHT = 3.0  # how many frames one broken step spoils
 class Path:
     """A path and what is known of it.
 
-    points [F, 2], the first in the frame's own coordinates; known [F]; fps; radius of the sprite, in frame sizes; turns: it may turn at random;
-    passes: it may come in or go away on a straight line.
+    points [F, 2], the first in the frame's own coordinates; known [F]; fps; radius of the sprite in frame
+    sizes; turns: it may turn at random; passes: it may come in or go away on a straight line.
     """
 
     points: Floats

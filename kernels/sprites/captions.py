@@ -142,9 +142,7 @@ class _Writer:
 
     def _motion(self, sprite: Sprite, *, participle: bool) -> str:
         if sprite.motion == "still":
-            return self.pick(
-                ["staying still", "motionless"] if participle else ["stays still", "is motionless"]
-            )
+            return self.pick(["staying still", "motionless"] if participle else ["stays still", "is motionless"])
         if sprite.motion == "circling":
             own, ways = ("circling" if participle else "circles"), ["in circles", "in a circle"]
         elif sprite.motion == "bouncing":
@@ -209,8 +207,7 @@ def _related(w: _Writer) -> list[Callable[[], str]]:
     ]
     named_again: list[Callable[[], str]] = [
         lambda: (
-            f"{w.noun(0)} {w.relation()} {w.noun(1)} {w.where()}. {w.again(0)} {w.does(0)}, "
-            f"{w.again(1)} {w.does(1)}"
+            f"{w.noun(0)} {w.relation()} {w.noun(1)} {w.where()}. {w.again(0)} {w.does(0)}, {w.again(1)} {w.does(1)}"
         ),
         lambda: (
             f"two shapes {w.where()}: {w.noun(0)} {w.relation()} {w.noun(1)}. {w.again(0)} {w.does(0)} "

@@ -181,7 +181,11 @@ def with_pattern(ground: Ground, frames: Array, free: Array) -> Ground:
 
 @dataclass(frozen=True)
 class Blobs:
-    """The strongest blobs of every frame, K of them: positions [F, K, 2], mean colours [F, K, 3], radii [F, K] in pixels, and how surely it is a blob at all, certainty [F, K] in [0, 1]."""
+    """The strongest blobs of every frame, K of them.
+
+    positions [F, K, 2]; mean colours [F, K, 3]; radii [F, K] in pixels; certainty [F, K] in [0, 1]: how
+    surely it is a blob at all.
+    """
 
     positions: Array
     colors: Array

@@ -6,7 +6,7 @@ videos Unterthiner et al., arXiv 1812.01717) answers the second, `diversity` the
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -93,3 +93,122 @@ def frechet_of_features(first: Array, second: Array) -> float:
 def frechet(first: Iterable[Video], second: Iterable[Video]) -> float:
     """Return the Fréchet distance between two sets of uint8 videos [F, H, W, 3] on the fixed `features`."""
     return frechet_of_features(features(first), features(second))
+
+
+# --- spread over seeds --------------------------------------------------------------------------------
+
+
+def diversity(videos: Sequence[Video], scene: Scene, *, level: int = 0, references: int = 64) -> float:
+    """Return how widely videos of one prompt under different seeds are spread, as a share of the world's.
+
+    Two spreads, averaged: of where sprites are on the whole (mean distance, on the torus, of two videos' mean
+    places), and of how they get there (mean distance of two videos' paths from their starts; it holds the
+    phases of circles, the sides of diagonals and random turns). Each is divided by the same spread of
+    `references` simulated videos of the scene; about 1 for renderings, 0 for identical videos. The second
+    is left out where the world itself has next to none, as for a sprite that always goes left.
+
+    Raises:
+        ValueError: fewer than two videos.
+    """
+    if len(videos) < 2:
+        raise ValueError(f"videos: a spread needs at least two, got {len(videos)}")
+    frames = min(len(video) for video in videos)
+    made = np.stack([_found_paths(video[:frames], scene, level) for video in videos])
+    world = np.stack([_simulated_paths(scene, seed, frames, level) for seed in range(references)])
+    ratios = [_place_spread(made) / max(_place_spread(world), 1e-6)]
+    phases = _phase_spread(world)
+    if phases > PHASE_FLOOR:
+        ratios.append(_phase_spread(made) / phases)
+    return float(np.mean(ratios))
+
+
+def _found_paths(video: Video, scene: Scene, level: int) -> Array:
+    """Paths [S, F, 2] of the captioned sprites in frame sizes; in the middle throughout where not found."""
+    paths = oracle.captioned_paths(video, scene, level=level)
+    middle = np.full((len(video), 2), 0.5)
+    return np.stack([middle if path is None else path for path in paths])
+
+
+def _simulated_paths(scene: Scene, seed: int, frames: int, level: int) -> Array:
+    positions = simulate(scene, seed, frames, level=level).positions.astype(np.float64)
+    paths = [detect.unwrapped(positions[:, index].astype(np.float32), 1) for index in range(positions.shape[1])]
+    return np.stack(paths).astype(np.float64)
+
+
+def _place_spread(paths: Array) -> float:
+    """Mean torus distance between the mean places of pairs of videos; paths [N, S, F, 2]."""
+    places = paths.mean(axis=2)
+    gaps = (places[:, None] - places + 0.5) % 1.0 - 0.5
+    return _pair_mean(np.linalg.norm(gaps, axis=-1).mean(axis=-1))
+
+
+def _phase_spread(paths: Array) -> float:
+    """Mean distance between the ways that pairs of videos have gone since the first frame."""
+    ways = paths - paths[:, :, :1]
+    gaps = ways[:, None] - ways
+    return _pair_mean(np.linalg.norm(gaps, axis=-1).mean(axis=(2, 3)))
+
+
+def _pair_mean(distances: Array) -> float:
+    first, second = np.triu_indices(len(distances), 1)
+    return float(distances[first, second].mean())
+
+
+# --- drift over time ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class CurvePoint:
+    """The grade of one window of a long video that begins at `start` seconds."""
+
+    start: float
+    grade: oracle.Grade
+
+
+def curve(
+    chunks: Video | Iterable[Video],
+    scene: Scene,
+    seconds: float,
+    *,
+    fps: float = FRAMES_PER_SECOND,
+    level: int = 0,
+) -> list[CurvePoint]:
+    """Grade a long video window by window: how it drifts.
+
+    chunks: one video [F, H, W, 3] (a memory map will do) or an iterable of chunks of any lengths, each read
+    once; no more than a chunk and a window are held. Windows are `seconds` long, do not overlap, and a rest
+    of less than a window is left out. A caption's relation is about the start of a video, so only the first
+    window answers for it. At level 3 a sprite that is not there in a later window may have left, so that
+    window answers for the other one alone.
+
+    Raises:
+        ValueError: a window has fewer than 5 frames.
+    """
+    length = round(seconds * fps)
+    if length < oracle.SHORTEST:
+        raise ValueError(f"seconds: a window needs at least {oracle.SHORTEST} frames, got {length}")
+    points = []
+    for index, window in enumerate(_windows(chunks, length)):
+        asked = scene if index == 0 else replace(scene, relation=None)
+        result = oracle.grade(window, asked, fps=fps, level=level, may_have_left=index > 0)
+        points.append(CurvePoint(index * length / fps, result))
+    return points
+
+
+def _windows(chunks: Video | Iterable[Video], length: int) -> Iterator[Video]:
+    """Cut a video, or chunks of one, into windows of `length` frames."""
+    if isinstance(chunks, np.ndarray):
+        for first in range(0, len(chunks) - length + 1, length):
+            yield np.asarray(chunks[first : first + length])
+        return
+    held: list[Video] = []
+    count = 0
+    for chunk in chunks:
+        held.append(chunk)
+        count += len(chunk)
+        if count >= length:
+            whole = np.concatenate(held)
+            full = count // length * length
+            for first in range(0, full, length):
+                yield whole[first : first + length]
+            held, count = [whole[full:].copy()], count - full

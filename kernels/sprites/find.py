@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from . import detect, fit
 from .detect import Ground, Rough
-from .scene import SHAPES, SIZES
+from .scene import SIZES
 
 Array = NDArray[np.float32]
 Bools = NDArray[np.bool_]
@@ -341,8 +341,16 @@ def _sprite(
     whole = float(mask.sum(axis=(1, 2)).mean())
     visible = (_mask(final, look, size) * covered).sum(axis=(1, 2)) / whole
     return Sprite(
-        look, final.positions, _presence(best, visible, track.seen), visible,
-        track.on_torus, shapes, sizes, colors, shares, ranks[index],
+        look,
+        final.positions,
+        _presence(best, visible, track.seen),
+        visible,
+        track.on_torus,
+        shapes,
+        sizes,
+        colors,
+        shares,
+        ranks[index],
     )
 
 

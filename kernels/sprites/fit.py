@@ -169,9 +169,7 @@ def _peaks(explained: Array, steps: Array) -> tuple[Array, Array]:
     places = []
     for middle, stride, other in ((column, 1, peak // count * count), (row, count, peak % count)):
         at = other + middle * stride
-        before, here, after = (
-            np.take_along_axis(flat, (at + k * stride)[..., None], -1)[..., 0] for k in (-1, 0, 1)
-        )
+        before, here, after = (np.take_along_axis(flat, (at + k * stride)[..., None], -1)[..., 0] for k in (-1, 0, 1))
         bend = np.minimum(before - 2 * here + after, -1e-12)
         shift = np.clip(0.5 * (before - after) / bend, -1.5, 1.5)
         places.append(steps[middle] + shift * spacing)
@@ -223,9 +221,7 @@ def two_colors(pixels: Array, weight: Array) -> Array:
 
 def color_costs(pixels: Array, colors: Array) -> Array:
     """Return squared distances of pixels [..., 3] to the nearer of two colours [2, 3]."""
-    costs: Array = np.minimum(
-        np.square(pixels - colors[0]).sum(axis=-1), np.square(pixels - colors[1]).sum(axis=-1)
-    )
+    costs: Array = np.minimum(np.square(pixels - colors[0]).sum(axis=-1), np.square(pixels - colors[1]).sum(axis=-1))
     return costs
 
 

@@ -103,12 +103,21 @@ class _Judged:
     path: Path | None
 
 
-def grade(video: NDArray[np.uint8], scene: Scene, *, fps: float = FRAMES_PER_SECOND, level: int = 0) -> Grade:
+def grade(
+    video: NDArray[np.uint8],
+    scene: Scene,
+    *,
+    fps: float = FRAMES_PER_SECOND,
+    level: int = 0,
+    may_have_left: bool = False,
+) -> Grade:
     """Grade a video against a scene.
 
     video: uint8 [F, H, W, 3], square, at least 5 frames of at least 16 pixels. fps: its frames per second.
     level: of the world (see `render`): 1 expects textures, 2 allows random turns, 3 allows that of two
-    sprites one comes in late or goes away.
+    sprites one comes in late or goes away. may_have_left: the video is a later part of one, in which, at
+    level 3, one of two sprites may never be seen; the same holds, without a relation, for a video too short
+    to show one come in. The other sprite then answers alone.
 
     Raises:
         ValueError: the video or the level is not of this form.
@@ -122,8 +131,10 @@ def grade(video: NDArray[np.uint8], scene: Scene, *, fps: float = FRAMES_PER_SEC
     textured, passes = level >= 1, level >= PASSING_LEVEL and len(scene.sprites) == 2
     paths = [_path(found, sprite, fps, level, passes) for sprite in found.sprites]
     chosen = _assigned(scene, found, paths, textured)
-    judged = [_judged(one, found, paths, index, passes) for one, index in zip(scene.sprites, chosen, strict=True)]
-    if passes and scene.relation is None and len(video) / fps < LATEST_ENTRANCE:
+    wanted = zip(scene.sprites, chosen, strict=True)
+    judged = [_judged(one, found, paths, index, passes) for one, index in wanted]
+    too_short = scene.relation is None and len(video) / fps < LATEST_ENTRANCE
+    if passes and (may_have_left or too_short):
         judged = [each for each in judged if each.found is not None] or judged
     free = measures.free_ground(found)
     surplus = [sprite for index, sprite in enumerate(found.sprites) if index not in chosen]
@@ -134,6 +145,19 @@ def grade(video: NDArray[np.uint8], scene: Scene, *, fps: float = FRAMES_PER_SEC
     seen = tuple(_seen(sprite, path, textured) for sprite, path in zip(found.sprites, paths, strict=True))
     named = {name: float(np.clip(values[name], 0, 1)) for name in scores.applicable(scene)}
     return Grade(named, seen, _ground_name(found))
+
+
+def captioned_paths(video: NDArray[np.uint8], scene: Scene, *, level: int = 0) -> list[NDArray[np.float64] | None]:
+    """Return the path [F, 2] of each captioned sprite, in frame sizes and without leaps; None if not found.
+
+    Takes and raises what `grade` does.
+    """
+    _check(video, level, FRAMES_PER_SECOND)
+    found = find(video, len(scene.sprites) + 1, level=level)
+    passes = level >= PASSING_LEVEL and len(scene.sprites) == 2
+    paths = [_path(found, sprite, FRAMES_PER_SECOND, level, passes) for sprite in found.sprites]
+    chosen = _assigned(scene, found, paths, level >= 1)
+    return [None if index is None else paths[index].points for index in chosen]
 
 
 def _check(video: NDArray[np.uint8], level: int, fps: float) -> None:
@@ -170,9 +194,7 @@ def _assigned(scene: Scene, found: Findings, paths: list[Path], textured: bool) 
             if known.any():
                 shape = sprite.shapes[known, SHAPES.index(one.shape)].mean()
                 color = _color_odds(sprite, textured)[known, list(COLORS).index(one.color)].mean()
-                merit[row, column] = 0.01 + known.mean() * (
-                    shape + color + 0.5 * agreement.agreement(path, one) + 0.2
-                )
+                merit[row, column] = 0.01 + known.mean() * (shape + color + 0.5 * agreement.agreement(path, one) + 0.2)
     places = [*range(len(found.sprites)), *[None] * len(wanted)]
     ways = permutations(places, len(wanted))
     return max(ways, key=lambda way: sum(merit[row, at] for row, at in enumerate(way) if at is not None))
@@ -347,7 +369,7 @@ def _ground_name(found: Findings) -> str:
     odds = _ground_odds(found)
     name, gradient = max(odds, key=lambda key: odds[key])
     if odds[name, gradient] < 0.5:
-        red, green, blue = (int(round(float(255 * part))) for part in found.ground.image.mean(axis=(0, 1)))
+        red, green, blue = (round(float(255 * part)) for part in found.ground.image.mean(axis=(0, 1)))
         return f"an unknown ground (mean colour {red}, {green}, {blue})"
     assert name in GROUNDS
     return f"{name} gradient" if gradient else name

@@ -70,9 +70,7 @@ def simulate(scene: Scene, seed: int, frames: int, *, level: int = 0, start: int
         raise ValueError(f"start and frames must not be negative, got {start} and {frames}")
     clip = plan(scene, seed, level)
     numbers = np.arange(start, start + frames, dtype=np.int64)
-    placed = [
-        presence.place(path, numbers) for path, presence in zip(clip.paths, clip.presences, strict=True)
-    ]
+    placed = [presence.place(path, numbers) for path, presence in zip(clip.paths, clip.presences, strict=True)]
     positions = np.stack([(centres / UNIT).astype(np.float32) for centres, _ in placed], axis=1)
     wraps = np.stack([on_torus for _, on_torus in placed], axis=1)
     radii = np.array([SIZES[sprite.size] for sprite in scene.sprites], np.float32)

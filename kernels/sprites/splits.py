@@ -41,8 +41,7 @@ HELD_OUT_COLOR_MOTION = _held_out([(color, motion) for color in COLORS for motio
 def is_held_out(scene: Scene) -> bool:
     """Whether a scene has a combination that training never shows."""
     return any(
-        (sprite.shape, sprite.color) in HELD_OUT_SHAPE_COLOR
-        or (sprite.color, sprite.motion) in HELD_OUT_COLOR_MOTION
+        (sprite.shape, sprite.color) in HELD_OUT_SHAPE_COLOR or (sprite.color, sprite.motion) in HELD_OUT_COLOR_MOTION
         for sprite in scene.sprites
     )
 
@@ -63,9 +62,7 @@ def sample_scene(split: Split, seed: int, *, level: int = 0) -> Scene:
     while True:
         scene = _any_scene(rng, two=two)
         still = all(sprite.motion == "still" for sprite in scene.sprites)
-        if is_held_out(scene) == (split == "heldout") and not (
-            level >= 3 and len(scene.sprites) == 2 and still
-        ):
+        if is_held_out(scene) == (split == "heldout") and not (level >= 3 and len(scene.sprites) == 2 and still):
             return scene
 
 

@@ -24,7 +24,9 @@ class TransformerConfig:
     def __post_init__(self) -> None:
         object.__setattr__(self, "patch_size", tuple(self.patch_size))
         if self.patch_size[0] != 1:
-            raise ValueError(f"patch_size: the temporal patch must be 1 (causality is per frame), got {self.patch_size}")
+            raise ValueError(
+                f"patch_size: the temporal patch must be 1 (causality is per frame), got {self.patch_size}"
+            )
         if self.attention_head_dim % 2 or self.attention_head_dim < 6:
             raise ValueError(f"attention_head_dim: must be even and at least 6, got {self.attention_head_dim}")
 
@@ -42,7 +44,9 @@ class TransformerConfig:
         """Tokens of one latent frame of `height` × `width`; raises ValueError where the patch does not divide it."""
         _, patch_height, patch_width = self.patch_size
         if height % patch_height or width % patch_width:
-            raise ValueError(f"latent size {height}x{width} is not a multiple of the patch {patch_height}x{patch_width}")
+            raise ValueError(
+                f"latent size {height}x{width} is not a multiple of the patch {patch_height}x{patch_width}"
+            )
         return (height // patch_height) * (width // patch_width)
 
     def to_diffusers(self) -> dict[str, Any]:

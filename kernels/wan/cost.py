@@ -92,9 +92,7 @@ def text_flops(config: TransformerConfig, rows: int, batch: int = 1) -> int:
     return batch * rows * (embedder + config.num_layers * 4 * config.dim**2)
 
 
-def weight_bytes(
-    config: TransformerConfig, dtype: torch.dtype, linear_dtype: torch.dtype | None = None
-) -> int:
+def weight_bytes(config: TransformerConfig, dtype: torch.dtype, linear_dtype: torch.dtype | None = None) -> int:
     """Memory of all weights after `VideoTransformer.to_precision(dtype)`.
 
     linear_dtype: of the blocks' weight matrices where they are quantised (their scales are not counted).
@@ -102,9 +100,7 @@ def weight_bytes(
     return sum(size for _, size in _stored(config, dtype, linear_dtype))
 
 
-def forward_weight_bytes(
-    config: TransformerConfig, dtype: torch.dtype, linear_dtype: torch.dtype | None = None
-) -> int:
+def forward_weight_bytes(config: TransformerConfig, dtype: torch.dtype, linear_dtype: torch.dtype | None = None) -> int:
     """The part of `weight_bytes` that a pass with given text keys reads."""
     stored = _stored(config, dtype, linear_dtype)
     return sum(size for name, size in stored if not any(part in name for part in TEXT_SIDE))
@@ -131,9 +127,7 @@ def forward_bytes(
     return forward_weight_bytes(config, dtype, linear_dtype) + read + written + text
 
 
-def decode_flops(
-    vae: "StreamingVAE", chunks: Sequence[int], size: tuple[int, int], batch: int = 1
-) -> list[int]:
+def decode_flops(vae: "StreamingVAE", chunks: Sequence[int], size: tuple[int, int], batch: int = 1) -> list[int]:
     """FLOPs of each call of a streaming decode, counted on a copy without memory.
 
     chunks: latent frames of the calls, in order; the first one begins the stream. size: of a latent frame.

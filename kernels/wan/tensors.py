@@ -46,9 +46,7 @@ _BLOCK_NAMES = {
 }
 _PREFIXES = frozenset({"model", "module", "diffusion_model"})
 _WRAPPERS = frozenset({"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"})
-_IMAGE_TENSOR = re.compile(
-    r"(^|\.)(img_emb|image_embedder|k_img|v_img|norm_k_img|add_[kv]_proj|norm_added_[kq])\."
-)
+_IMAGE_TENSOR = re.compile(r"(^|\.)(img_emb|image_embedder|k_img|v_img|norm_k_img|add_[kv]_proj|norm_added_[kq])\.")
 
 
 def from_original(state: Mapping[str, Tensor]) -> State:
@@ -85,9 +83,7 @@ def _new_name(name: str, root: Mapping[str, str], block: Mapping[str, str]) -> s
 def refuse_image_tensors(state: Mapping[str, Tensor]) -> None:
     found = next(filter(_IMAGE_TENSOR.search, state), None)
     if found is not None:
-        raise ValueError(
-            f"tensor {found}: an image-to-video variant; only text-to-video transformers are supported"
-        )
+        raise ValueError(f"tensor {found}: an image-to-video variant; only text-to-video transformers are supported")
 
 
 def unwrapped(state: Mapping[str, Tensor]) -> State:

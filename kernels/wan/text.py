@@ -53,9 +53,7 @@ class TextEncoder(nn.Module):
         self._warned = False
 
     @classmethod
-    def from_pretrained(
-        cls, model_folder: str | os.PathLike[str], dtype: torch.dtype | None = None
-    ) -> "TextEncoder":
+    def from_pretrained(cls, model_folder: str | os.PathLike[str], dtype: torch.dtype | None = None) -> "TextEncoder":
         """Read `text_encoder/` and `tokenizer/` of a model folder, never from the network.
 
         dtype: of the parameters; None keeps that of the files. Raises FileNotFoundError, or ValueError that
@@ -110,9 +108,7 @@ class TextEncoder(nn.Module):
         """
         rows = self.model(input_ids=ids, attention_mask=mask).last_hidden_state
         lengths = mask.sum(dim=1).tolist()
-        return TextContext.fold(
-            [row[:length] for row, length in zip(rows, lengths, strict=True)], self.text_length
-        )
+        return TextContext.fold([row[:length] for row, length in zip(rows, lengths, strict=True)], self.text_length)
 
     @torch.no_grad()
     def forward(self, prompts: Sequence[str]) -> TextContext:
@@ -139,9 +135,7 @@ def build_word_tokenizer(vocabulary: Sequence[str]) -> PreTrainedTokenizerFast:
     for entry in vocabulary:
         if tokenizer.encode(entry).tokens != [entry]:
             raise ValueError(f"vocabulary: an entry must be one lower-case word or one mark, got {entry!r}")
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=f"$A {END}", special_tokens=[(END, ids[END])]
-    )
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"$A {END}", special_tokens=[(END, ids[END])])
     return PreTrainedTokenizerFast(  # type: ignore[no-untyped-call]
         tokenizer_object=tokenizer,
         pad_token=PAD,

@@ -10,8 +10,9 @@ D model width, M text rows.
 Source: Wan2.1, arXiv 2503.20314, section 4; per-frame timesteps: CausVid, arXiv 2412.07772, section 4.1.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 import torch.nn.functional as functional
@@ -87,7 +88,9 @@ class Projections(nn.Module):
         self.norm_k = RMSNorm(width, config.eps)
 
     def split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1))
+        """[B, L, D] to [B, L, H, K]."""
+        heads: Tensor = x.unflatten(-1, (self.heads, -1))
+        return heads
 
     def out(self, attended: Tensor) -> Tensor:
         projected: Tensor = self.to_out[0](attended.flatten(-2))
@@ -247,7 +250,8 @@ class VideoTransformer(nn.Module):
     def text_keys(self, text: TextContext) -> TextKeys:
         """Cross-attention keys and values of every layer, for passes that share the prompt."""
         rows = self.condition_embedder.text(text.rows)
-        return TextKeys(tuple(block.attn2.keys(rows) for block in self.blocks), text.score_bias)
+        blocks = cast(Iterable[Block], self.blocks)
+        return TextKeys(tuple(block.attn2.keys(rows) for block in blocks), text.score_bias)
 
     def to_precision(self, dtype: torch.dtype) -> "VideoTransformer":
         """Cast to `dtype`, except the time embedding, the modulation tables and the norms, which stay float32."""
@@ -272,7 +276,8 @@ class VideoTransformer(nn.Module):
         patches = self.proj_out(ops.layer_norm_modulate(x, shift, scale, self.config.eps))
         # The channel is the fastest index of a token's outputs: (row in patch, column in patch, channel).
         patches = patches.unflatten(-1, (patch_height, patch_width, -1)).unflatten(2, (height, width))
-        return patches.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+        latents: Tensor = patches.permute(0, 1, 6, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+        return latents
 
 
 def sinusoid(timesteps: Tensor, channels: int) -> Tensor:

@@ -78,9 +78,7 @@ def read_checkpoint(
     contents = _contents(path)
     key = next((key for key in prefer if key in contents), None)
     if key is None:
-        raise ValueError(
-            f"{path}: no network under {' or '.join(prefer)}, found {', '.join(contents) or 'none'}"
-        )
+        raise ValueError(f"{path}: no network under {' or '.join(prefer)}, found {', '.join(contents) or 'none'}")
     found = _network(path, key, contents[key], head_dim)
     return found.config, found.state
 
@@ -120,9 +118,7 @@ def _contents(path: Path) -> dict[str, Mapping[str, Any]]:
         raise ValueError(f"{path}: a checkpoint file ends in .pt, .pth or .safetensors")
     content = _load_pickle(path)
     if not isinstance(content, Mapping):
-        raise ValueError(
-            f"{path}: expected a state dict or networks under keys, found {type(content).__name__}"
-        )
+        raise ValueError(f"{path}: expected a state dict or networks under keys, found {type(content).__name__}")
     networks = {key: content[key] for key in NETWORK_KEYS if isinstance(content.get(key), Mapping)}
     if not networks and any(isinstance(value, Tensor) for value in content.values()):
         return {"generator": content}
@@ -149,9 +145,7 @@ def _load_safetensors(path: Path) -> State:
         raise ValueError(f"{path}: truncated or damaged safetensors file") from error
 
 
-def write_checkpoint(
-    path: str | os.PathLike[str], state: Mapping[str, Tensor], naming: Naming = "original"
-) -> None:
+def write_checkpoint(path: str | os.PathLike[str], state: Mapping[str, Tensor], naming: Naming = "original") -> None:
     """Write `state` (diffusers' names) for other code bases, as one file that appears whole or not at all.
 
     `.pt`/`.pth`: {"generator": {"model.<name>": tensor}}, which CausVid, Self-Forcing and LongLive load;
@@ -167,9 +161,7 @@ def write_checkpoint(
             return
         # Through a file object: given a path, torch would write the temporary name into the archive.
         with staged.open("wb") as file:
-            torch.save(
-                {"generator": {f"model.{name}": _owned(tensor) for name, tensor in named.items()}}, file
-            )
+            torch.save({"generator": {f"model.{name}": _owned(tensor) for name, tensor in named.items()}}, file)
 
 
 def transformer_folder(folder: str | os.PathLike[str]) -> Path:
@@ -178,9 +170,7 @@ def transformer_folder(folder: str | os.PathLike[str]) -> Path:
     for candidate in (folder, folder / "transformer"):
         if (candidate / "config.json").is_file():
             return candidate
-    raise FileNotFoundError(
-        f"{folder / 'transformer' / 'config.json'}: no such file; not a model in diffusers' layout"
-    )
+    raise FileNotFoundError(f"{folder / 'transformer' / 'config.json'}: no such file; not a model in diffusers' layout")
 
 
 def read_transformer(folder: str | os.PathLike[str]) -> tuple[TransformerConfig, State]:
@@ -207,9 +197,7 @@ def _read_config(path: Path) -> TransformerConfig:
         if kind != "WanTransformer3DModel":
             raise ValueError(f"_class_name: must be WanTransformer3DModel, got {kind}")
         if content.get("image_dim") is not None:
-            raise ValueError(
-                f"image_dim: image-to-video variants are not supported, got {content['image_dim']}"
-            )
+            raise ValueError(f"image_dim: image-to-video variants are not supported, got {content['image_dim']}")
         for field in ("num_attention_heads", "attention_head_dim", "ffn_dim", "num_layers"):
             if not isinstance(content.get(field), int):
                 raise ValueError(f"{field}: must be a whole number, got {content.get(field)!r}")
@@ -230,9 +218,7 @@ def _weight_files(folder: Path) -> list[Path]:
     names = {WEIGHTS_FILE}
     if (folder / INDEX_FILE).is_file():
         weight_map = _read_json(folder / INDEX_FILE).get("weight_map")
-        if not isinstance(weight_map, dict) or any(
-            Path(str(name)).name != name for name in weight_map.values()
-        ):
+        if not isinstance(weight_map, dict) or any(Path(str(name)).name != name for name in weight_map.values()):
             raise ValueError(f"{folder / INDEX_FILE}: weight_map must give file names of the same folder")
         names = set(weight_map.values())
     for name in sorted(names):
@@ -257,9 +243,7 @@ def write_transformer(
     target = Path(folder) / "transformer"
     with _appearing(target) as staged:
         staged.mkdir()
-        (staged / "config.json").write_text(
-            json.dumps(config.to_diffusers(), indent=2) + "\n", encoding="utf-8"
-        )
+        (staged / "config.json").write_text(json.dumps(config.to_diffusers(), indent=2) + "\n", encoding="utf-8")
         _write_shards(staged, {name: state[name] for name in expected}, max_shard_bytes)
     return target
 

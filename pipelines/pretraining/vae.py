@@ -24,7 +24,7 @@ def train_vae(recipe: PretrainRecipe, run: Path, device: str) -> None:
         return
     torch.manual_seed(recipe.seed)
     vae = StreamingVAE.from_config(vae_config(recipe))
-    learner = VAELearner(vae, settings(recipe.vae.optimizer, recipe.vae.steps), device)
+    learner = VAELearner(vae, settings(recipe.vae.optimizer, recipe.vae.steps), recipe.vae.loss.model_dump(), device)
     folder = run / "vae"
 
     def report(step: int) -> None:

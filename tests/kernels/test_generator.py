@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
 from reelway.kernels.causal.cache import CacheShape, KVCache
 from reelway.kernels.causal.generator import CachedStudent, ChunkGenerator
 from reelway.kernels.causal.masks import block_causal
@@ -16,11 +19,15 @@ from reelway.kernels.objectives.self_forcing import rollout
 from reelway.kernels.wan.config import TransformerConfig
 from reelway.kernels.wan.context import TextContext
 from reelway.kernels.wan.transformer import VideoTransformer
-from safetensors.torch import load_file, save_file
-from torch import Tensor
 
 CONFIG = TransformerConfig(
-    num_attention_heads=2, attention_head_dim=24, ffn_dim=64, num_layers=2, in_channels=4, out_channels=4, text_dim=16
+    num_attention_heads=2,
+    attention_head_dim=24,
+    ffn_dim=64,
+    num_layers=2,
+    in_channels=4,
+    out_channels=4,
+    text_dim=16,
 )
 SIZE = (4, 4)
 
@@ -34,12 +41,16 @@ def prompt(seed: int = 0) -> TextContext:
     return TextContext.fold([torch.randn(5, 16, generator=torch.Generator().manual_seed(seed))])
 
 
-def stream(settings: StudentSettings, model: VideoTransformer | None = None, streams: int = 1) -> ChunkGenerator:
+def stream(
+    settings: StudentSettings, model: VideoTransformer | None = None, streams: int = 1
+) -> ChunkGenerator:
     keys = [SampleKey(0, "a prompt", index) for index in range(streams)]
     return ChunkGenerator(model or network(), settings, prompt(), keys, SIZE)
 
 
-def cached_forward(model: VideoTransformer, latents: Tensor, sizes: list[int], window: int, sink: int) -> Tensor:
+def cached_forward(
+    model: VideoTransformer, latents: Tensor, sizes: list[int], window: int, sink: int
+) -> Tensor:
     shape = CacheShape(CONFIG, len(latents), *SIZE, window, sink, latents.dtype)
     cache, outputs = KVCache(shape), []
     for block in latents.split(sizes, dim=1):
@@ -146,12 +157,20 @@ def test_snapshot_of_another_shape_is_refused() -> None:
 
 def test_ten_thousand_frames_in_flat_memory_with_finite_values() -> None:
     config = TransformerConfig(
-        num_attention_heads=1, attention_head_dim=12, ffn_dim=16, num_layers=1, in_channels=2, out_channels=2, text_dim=8
+        num_attention_heads=1,
+        attention_head_dim=12,
+        ffn_dim=16,
+        num_layers=1,
+        in_channels=2,
+        out_channels=2,
+        text_dim=8,
     )
     torch.manual_seed(0)
     model = VideoTransformer(config).requires_grad_(False)
     settings = StudentSettings(block=10, timesteps=(1000.0,), window=30, sink=10)
-    generator = ChunkGenerator(model, settings, TextContext.fold([torch.randn(2, 8)]), [SampleKey(0, "", 0)], (2, 2))
+    generator = ChunkGenerator(
+        model, settings, TextContext.fold([torch.randn(2, 8)]), [SampleKey(0, "", 0)], (2, 2)
+    )
     for _ in range(100):
         generator.next_block()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -219,7 +238,9 @@ def test_video_to_video_starts_from_the_noised_source() -> None:
     assert (strong - source).abs().mean() > 0.1
     with pytest.raises(ValueError, match="without a source they must begin at 1000"):
         generator.next_block(timesteps=(800.0,))
-    with pytest.raises(ValueError, match=r"a block of shape \(1, 3, 4, 4, 4\) is expected, got \(1, 2, 4, 4, 4\)"):
+    with pytest.raises(
+        ValueError, match=r"a block of shape \(1, 3, 4, 4, 4\) is expected, got \(1, 2, 4, 4, 4\)"
+    ):
         generator.next_block(source[:, :2], timesteps=(800.0,))
 
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
 from reelway.kernels.causal.masks import FrameMask, bidirectional, block_causal, block_sizes, teacher_forcing
 from reelway.kernels.ops.reference import attention
 from reelway.kernels.wan.config import TransformerConfig
@@ -11,7 +12,13 @@ from reelway.kernels.wan.context import TextContext
 from reelway.kernels.wan.transformer import VideoTransformer
 
 CONFIG = TransformerConfig(
-    num_attention_heads=2, attention_head_dim=24, ffn_dim=64, num_layers=2, in_channels=4, out_channels=4, text_dim=16
+    num_attention_heads=2,
+    attention_head_dim=24,
+    ffn_dim=64,
+    num_layers=2,
+    in_channels=4,
+    out_channels=4,
+    text_dim=16,
 )
 MASKS = {
     "block_causal": block_causal(9, 3),
@@ -48,7 +55,10 @@ def test_teacher_forcing_table() -> None:
 def test_grouped_attention_equals_masked_attention(block: int, first: int, blocks: int, tokens: int) -> None:
     frames = first + block * blocks
     window = max(block, first) + 2
-    for mask in (block_causal(frames, block, first_block=first, window=window, sink=1), bidirectional(frames)):
+    for mask in (
+        block_causal(frames, block, first_block=first, window=window, sink=1),
+        bidirectional(frames),
+    ):
         generator = torch.Generator().manual_seed(frames)
         query, key, value = torch.randn(3, 2, frames * tokens, 2, 4, dtype=torch.float64, generator=generator)
         expected = attention(query, key, value, mask=mask.tokens(tokens))
@@ -103,7 +113,10 @@ def test_one_block_as_long_as_the_clip_is_bidirectional() -> None:
     latents, timesteps = torch.randn(1, 4, 4, 4, 4), torch.rand(1, 4) * 1000
     text = TextContext.fold([torch.randn(3, 16)])
     torch.testing.assert_close(
-        model(latents, timesteps, text), model(latents, timesteps, text, block_causal(4, 4)), rtol=1e-5, atol=1e-6
+        model(latents, timesteps, text),
+        model(latents, timesteps, text, block_causal(4, 4)),
+        rtol=1e-5,
+        atol=1e-6,
     )
 
 

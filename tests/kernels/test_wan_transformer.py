@@ -3,10 +3,11 @@
 import pytest
 import torch
 from diffusers import WanTransformer3DModel
+from torch import Tensor
+
 from reelway.kernels.wan.config import CONFIGS, TransformerConfig
 from reelway.kernels.wan.context import TextContext
 from reelway.kernels.wan.transformer import VideoTransformer, sinusoid
-from torch import Tensor
 
 SMALL = TransformerConfig(
     num_attention_heads=2, attention_head_dim=24, ffn_dim=80, num_layers=3, text_dim=32, freq_dim=32
@@ -105,7 +106,9 @@ def test_folded_text_equals_512_zero_padded_rows() -> None:
     latents, _ = inputs(SMALL, (3, 2, 4, 4))
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randn(length, SMALL.text_dim, generator=generator) for length in (5, 1, 11)]
-    padded = torch.stack([torch.nn.functional.pad(prompt, (0, 0, 0, 512 - len(prompt))) for prompt in prompts])
+    padded = torch.stack(
+        [torch.nn.functional.pad(prompt, (0, 0, 0, 512 - len(prompt))) for prompt in prompts]
+    )
     timesteps = torch.full((3,), 500.0)
     expected = reference(theirs, latents, timesteps, padded)
     folded = TextContext.fold(prompts)
@@ -151,7 +154,9 @@ def test_sinusoid_is_cosine_first_and_keeps_fractions() -> None:
     found = sinusoid(torch.tensor([937.5]), 256)[0]
     rate = 10000.0 ** (-3 / 128)
     assert found[0] == pytest.approx(torch.tensor(937.5, dtype=torch.float64).cos().item(), abs=1e-12)
-    assert found[128 + 3] == pytest.approx(torch.tensor(937.5 * rate, dtype=torch.float64).sin().item(), abs=1e-12)
+    assert found[128 + 3] == pytest.approx(
+        torch.tensor(937.5 * rate, dtype=torch.float64).sin().item(), abs=1e-12
+    )
 
 
 def test_wrong_shapes_are_named() -> None:
@@ -168,5 +173,7 @@ def test_published_sizes(name: str, billions: float) -> None:
     with torch.device("meta"):
         model = VideoTransformer(CONFIGS[name])
         theirs = WanTransformer3DModel.from_config(CONFIGS[name].to_diffusers())
-    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    assert {k: v.shape for k, v in model.state_dict().items()} == {
+        k: v.shape for k, v in theirs.state_dict().items()
+    }
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=1e-3)

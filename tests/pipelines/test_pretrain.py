@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanPipeline
+from typer.testing import CliRunner
+
 from reelway.pipelines import pretrain as job
 from reelway.pipelines.pretraining import loop
 from reelway.pipelines.pretraining.loop import read_curve
 from reelway.pipelines.recipe import PretrainRecipe, load_recipe
-from typer.testing import CliRunner
 
 RECIPE = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 SMALL = [
@@ -97,7 +98,10 @@ def test_resolved_recipe_is_beside_the_result(run: Path) -> None:
     ("arguments", "message"),
     [
         (["--recipe", "none.yaml"], "no such file: none.yaml"),
-        (["--recipe", str(RECIPE), "--set", "pretrain.teacher.batch=0"], "pretrain.teacher.batch: Input should be"),
+        (
+            ["--recipe", str(RECIPE), "--set", "pretrain.teacher.batch=0"],
+            "pretrain.teacher.batch: Input should be",
+        ),
         (["--recipe", str(RECIPE), "--set", "pretrain.teacher.batches=2"], "Extra inputs are not permitted"),
         (["--recipe", str(RECIPE), "--set", "teacher"], "expected a.b=value, got 'teacher'"),
         (["--recipe", str(RECIPE), "--device", "cuda"], "no CUDA device here"),
