@@ -300,7 +300,7 @@ class Claim:
 
     def _others(self) -> dict[str, Holder]:
         """The other live claims; dead ones are removed."""
-        entries = {entry.name: entry for entry in self._storage.list(CLAIMS)}
+        entries = {entry.name: entry for entry in self._storage.entries(CLAIMS)}
         own = entries.pop(self._file, None)
         if own is None:
             raise ClaimHeld(f"{self._storage.uri}: this claim was taken for dead and removed")

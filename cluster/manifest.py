@@ -234,7 +234,7 @@ class _Folder:
 
 
 def _list_shards(storage: Storage) -> _Folder:
-    entries = storage.list()
+    entries = storage.entries()
     shards = [entry for entry in entries if shard_index(entry.name) is not None]
     tars = {entry.name: entry.size for entry in shards if entry.name.endswith(".tar")}
     records = {tar_name(entry.name): entry.modified for entry in shards if entry.name.endswith(".json")}

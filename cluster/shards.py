@@ -420,7 +420,7 @@ def repair(storage: Storage) -> Repair:
         known = {row.name: row for row in read_manifest(storage)}
     except (FileNotFoundError, ValueError):
         known = {}
-    recorded = {tar_name(e.name) for e in storage.list() if shard_index(e.name) is not None and ".json" in e.name}
+    recorded = {tar_name(e.name) for e in storage.entries() if shard_index(e.name) is not None and ".json" in e.name}
     tars = _tars(storage)
     lost = (known.keys() | recorded) - tars
     problems = [Finding(name, "missing: it was made, its tar is gone") for name in sorted(lost)]
@@ -441,7 +441,7 @@ def repair(storage: Storage) -> Repair:
 
 
 def _tars(storage: Storage) -> set[str]:
-    return {e.name for e in storage.list() if shard_index(e.name) is not None and e.name.endswith(".tar")}
+    return {e.name for e in storage.entries() if shard_index(e.name) is not None and e.name.endswith(".tar")}
 
 
 def _gaps(names: Collection[str]) -> list[str]:

@@ -120,9 +120,9 @@ class Storage(ABC):
             raw = self._filesystem.open_input_file(self._path(name))
             return cast(BinaryIO, io.BufferedReader(raw, BLOCK))
 
-    def list(self, folder: str = "") -> list[Entry]:
+    def entries(self, folder: str = "") -> list[Entry]:
         """The files directly in a folder, sorted by name, less temporaries; none when there is no folder."""
-        return [entry for entry in self._entries(folder) if not _is_temporary(entry.name)]
+        return [entry for entry in self._all_entries(folder) if not _is_temporary(entry.name)]
 
     def exists(self, name: str) -> bool:
         return self._info(name).type == fs.FileType.File
@@ -185,7 +185,7 @@ class Storage(ABC):
         them.
         """
         written_before = time.time() - older_than
-        temporaries = [entry for entry in self._entries("") if _is_temporary(entry.name)]
+        temporaries = [entry for entry in self._all_entries("") if _is_temporary(entry.name)]
         stale = [entry for entry in temporaries if entry.modified < written_before]
         for entry in stale:
             self.delete(entry.name)
@@ -217,7 +217,7 @@ class Storage(ABC):
         with clear_errors(self.where(name)):
             return self._filesystem.get_file_info(self._path(name))
 
-    def _entries(self, folder: str) -> list[Entry]:
+    def _all_entries(self, folder: str) -> list[Entry]:
         selector = fs.FileSelector(self._path(folder) if folder else self._root, allow_not_found=True)
         with clear_errors(self.where(folder)):
             infos = self._filesystem.get_file_info(selector)

@@ -161,6 +161,8 @@ def _attention_gap(
         return "the kernel has no backward"
     if query.shape[-1] % 16 or query.shape[-1] > WIDEST_HEAD:
         return f"heads of {query.shape[-1]} channels"
+    if query.dtype == torch.bfloat16 and query.device.type == "cpu":
+        return "Triton's interpreter has no bfloat16 products"
     if not query.dtype == key.dtype == value.dtype:
         return "mixed dtypes"
     return _dtype_gap(*inputs) or (None if query.numel() and key.numel() else "empty input")

@@ -60,11 +60,15 @@ def chords(points: Floats, known: Bools, fps: float, length: int = CHORD) -> Flo
 
 
 def movement(path: Path) -> float:
-    """Return the share of time in which the path moves: 0 below a quarter of the slow speed, 1 from 0.6."""
+    """Return the share of time in which the path moves: 0 below a quarter of the slow speed, 1 from 0.6.
+
+    A tenth of the time is free: circles that are reversed stand still as they turn.
+    """
     speeds = np.linalg.norm(chords(path.points, path.known, path.fps), axis=-1)
     if not len(speeds):
         return 0.0
-    return float(np.clip((speeds / SPEEDS["slow"] - 0.25) / 0.35, 0, 1).mean())
+    moving = np.clip((speeds / SPEEDS["slow"] - 0.25) / 0.35, 0, 1)
+    return float(min(1.0, moving.mean() / 0.9))
 
 
 def smoothness(path: Path) -> float:

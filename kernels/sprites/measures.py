@@ -15,7 +15,7 @@ Bools = NDArray[np.bool_]
 FLICKER_BLOCK, FLICKER_SCALE = 16, 0.08  # blocks per side; change per frame that halves the score
 DRIFT_BLOCK, DRIFT_SCALE, DRIFT_FRAMES = 8, 0.08, 8
 LOOK_CELLS, LOOK_FREE, LOOK_SCALE = 7, 0.025, 0.15  # cells per side; change of colour that is still free
-ERROR_SCALE = 0.07  # root mean square error about a sprite or of the ground that halves the score
+ERROR_SCALE = 0.08  # root mean square error about a sprite or of the ground that halves the score
 RENDERED_FRAMES = 16  # frames that a sprite's texture and colours are taken from
 
 
@@ -94,6 +94,15 @@ def _aligned(images: Array, sprite: Sprite) -> Array:
     return np.asarray(rows[:, :, :-1] + (rows[:, :, 1:] - rows[:, :, :-1]) * rest[:, 0])
 
 
+def _inside(sprite: Sprite, window: int, size: int) -> Bools:
+    """Where a sprite's window lies in the frame [F, P, P]; everywhere, on the torus."""
+    reach = np.arange(window) - window // 2
+    at = sprite.positions[:, :, None] + reach
+    inside = ((at >= 0) & (at < size)) | sprite.on_torus[:, None, None]
+    both: Bools = inside[:, 0, None, :] & inside[:, 1, :, None]
+    return both
+
+
 def _unhidden(found: Findings, sprite: Sprite) -> Array:
     """Weight [F, H, W] without the pixels where another sprite may be in the way."""
     size = found.frames.shape[1]
@@ -119,7 +128,8 @@ def subject_consistency(found: Findings, sprite: Sprite, counted: Bools) -> floa
     frames = found.frames - found.ground.offsets[:, None, None]
     middle = np.zeros((1, 2), np.float32)
     mask = fit.look_masks(middle, (sprite.look.shape, sprite.look.size, 0), size)[0]
-    weight = (_aligned(_unhidden(found, sprite), sprite) * mask)[counted].reshape(-1, window**2)
+    unhidden = _aligned(_unhidden(found, sprite), sprite) * _inside(sprite, window, size)
+    weight = (unhidden * mask)[counted].reshape(-1, window**2)
     pixels = _aligned(frames, sprite)[counted].reshape(-1, window**2, 3)
     cells = _cells(window, radius)
     masses = weight @ cells
@@ -176,7 +186,10 @@ def imaging_quality(found: Findings, free: Array, sprites: tuple[Sprite | None, 
 
 
 def _draw(picture: Array, found: Findings, level: Array, image: Array, sprite: Sprite, textured: bool) -> Array:
-    """Paint a sprite into `picture` [F, H, W, 3] where it is present; return its surroundings [F, H, W]."""
+    """Paint a sprite into `picture` [F, H, W, 3] where it is present.
+
+    Returns its surroundings [F, H, W] in the frames that show enough of it to be judged.
+    """
     size = picture.shape[1]
     radius = sprite.radius * size
     kind = (sprite.look.shape, sprite.look.size, 0)
@@ -190,7 +203,7 @@ def _draw(picture: Array, found: Findings, level: Array, image: Array, sprite: S
     mixed = fit.pasted(shares, anchors, sprite.on_torus, size)[..., None]
     picture += whole * (colors[0] + mixed * (colors[1] - colors[0]) - picture)
     grown = fit.look_masks(shifts, kind, size, grow=1.5)
-    return fit.pasted(grown * drawn, anchors, sprite.on_torus, size)
+    return fit.pasted(grown * drawn * sprite.judged[:, None, None], anchors, sprite.on_torus, size)
 
 
 def _clearest(sprite: Sprite) -> NDArray[np.int64]:
@@ -211,7 +224,8 @@ def _shares(level: Array, found: Findings, sprite: Sprite, shifts: Array, radius
     inner = fit.look_masks(np.zeros((1, 2), np.float32), (sprite.look.shape, sprite.look.size, 0), size, -0.7)[0]
     texture = fit_texture(mean, inner, radius)
     x, y = grid(window, radius)
-    x, y = x - (shifts[:, 0] / radius)[:, None, None], y - (shifts[:, 1] / radius)[:, None, None]
+    centres = shifts + np.array([texture.x, texture.y], np.float32)
+    x, y = x - (centres[:, 0] / radius)[:, None, None], y - (centres[:, 1] / radius)[:, None, None]
     angle, offset = np.float32(texture.angle), np.float32(texture.offset)
     return share(texture.kind, angle, offset, x, y, radius)
 

@@ -4,7 +4,7 @@ A texture is stripes, dots or a checker in two colours, at an angle and an offse
 sprite's mean appearance in its own coordinates, the best pattern of a bank is taken and then refined.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import numpy as np
@@ -16,16 +16,19 @@ Array = NDArray[np.float32]
 
 PERIOD = 0.7  # of stripes and dots, in radii of the sprite
 ANGLES, OFFSETS = 45, 20  # grid of the bank
-REFINEMENTS, NARROWER = 4, 0.45
+REFINEMENTS, NARROWER = 5, 0.5
 
 
 @dataclass(frozen=True)
 class Texture:
-    """kind: index into TEXTURES; angle in radians; offset in radii of the sprite."""
+    """kind: index into TEXTURES; angle in radians; offset in radii of the sprite; x, y: its middle, in pixels
+    from the sprite's, which takes up what the sprite's place is wrong by."""
 
     kind: int
     angle: float
     offset: float
+    x: float = 0.0
+    y: float = 0.0
 
 
 def share(kind: int, angle: Array, offset: Array, x: Array, y: Array, radius: float) -> Array:
@@ -84,18 +87,34 @@ def fit_texture(appearance: Array, mask: Array, radius: float) -> Texture:
     window = len(mask)
     weight, colors = mask.reshape(-1), appearance.reshape(-1, 3)
     patterns, textures = _bank(window, radius)
-    best = textures[int(_explained(patterns, colors, weight).argmax())]
-    spans = np.array([np.pi / ANGLES, PERIOD / OFFSETS])
+    scores = _explained(patterns, colors, weight).reshape(len(TEXTURES), -1)
+    firsts = np.arange(len(TEXTURES)) * scores.shape[1]
+    candidates = [textures[int(at)] for at in firsts + scores.argmax(axis=1)]
+    refined = [_refined(each, colors, weight, window, radius) for each in candidates]
+    return max(refined, key=lambda each: each[1])[0]
+
+
+def _refined(texture: Texture, colors: Array, weight: Array, window: int, radius: float) -> tuple[Texture, float]:
+    """Refine angle and offset, and then the middle, on ever narrower grids; also what is explained then."""
     x, y = grid(window, radius)
-    steps = np.linspace(-1, 1, 5)
-    turn, slide = (part.reshape(-1, 1, 1) for part in np.meshgrid(steps, steps))
+    turn, slide = (part.reshape(-1, 1, 1) for part in np.meshgrid(*[np.linspace(-1, 1, 5)] * 2))
+    spans = np.array([np.pi / ANGLES, PERIOD / OFFSETS, 0.3])
+    explained = 0.0
     for _ in range(REFINEMENTS):
-        angles, offsets = best.angle + turn * spans[0], best.offset + slide * spans[1]
-        near = share(best.kind, angles, offsets, x, y, radius).reshape(len(turn), -1)
+        angles, offsets = texture.angle + turn * spans[0], texture.offset + slide * spans[1]
+        u, v = x - texture.x / radius, y - texture.y / radius
+        near = share(texture.kind, angles, offsets, u, v, radius).reshape(len(turn), -1)
         place = int(_explained(near, colors, weight).argmax())
-        best = Texture(best.kind, float(angles[place, 0, 0]), float(offsets[place, 0, 0]))
-        spans = spans * NARROWER
-    return best
+        texture = replace(texture, angle=float(angles[place, 0, 0]), offset=float(offsets[place, 0, 0]))
+        right, down = texture.x + turn * spans[2], texture.y + slide * spans[2]
+        u, v = x - right / radius, y - down / radius
+        angle, offset = np.float64(texture.angle), np.float64(texture.offset)
+        near = share(texture.kind, angle, offset, u, v, radius).reshape(len(turn), -1)
+        results = _explained(near, colors, weight)
+        place = int(results.argmax())
+        texture = replace(texture, x=float(right[place, 0, 0]), y=float(down[place, 0, 0]))
+        explained, spans = float(results[place]), spans * NARROWER
+    return texture, explained
 
 
 def _explained(patterns: Array, colors: Array, weight: Array) -> Array:

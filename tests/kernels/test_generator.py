@@ -12,9 +12,10 @@ from torch import Tensor
 
 from reelway.kernels.causal.cache import CacheShape, KVCache
 from reelway.kernels.causal.generator import CachedStudent, ChunkGenerator
-from reelway.kernels.causal.masks import block_causal
+from reelway.kernels.causal.masks import FrameMask, block_causal
 from reelway.kernels.causal.student import StudentSettings
-from reelway.kernels.diffusion.noise import SampleKey
+from reelway.kernels.diffusion.noise import SampleKey, draw_noise, fresh_noise_of
+from reelway.kernels.diffusion.sampler import few_step_sample
 from reelway.kernels.objectives.self_forcing import rollout
 from reelway.kernels.wan.config import TransformerConfig
 from reelway.kernels.wan.context import TextContext
@@ -96,6 +97,37 @@ def test_sink_stands_next_to_the_window() -> None:
     kept = torch.cat((latents[:, :3], latents[:, 24:]), dim=1)
     expected = model(kept, torch.zeros(1, 9), prompt(), block_causal(9, 3))[:, 6:]
     assert (found - expected).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("redrawn", [False, True])
+def test_stream_equals_the_sampler_on_the_parallel_network(redrawn: bool) -> None:
+    """No cache: each block is sampled with a masked pass over [all clean frames, the noisy block]."""
+    model, settings = network(), StudentSettings(window=9, sink=0)
+    generator, source = stream(settings, model), torch.randn(1, 9, 4, *SIZE)
+    levels = (800.0, 300.0) if redrawn else settings.timesteps
+    clean = torch.zeros(1, 0, 4, *SIZE)
+    for start in (0, 3, 6):
+        mask, frames = block_causal(start + 3, 3), range(start, start + 3)
+
+        def velocity(noisy: Tensor, timesteps: Tensor, clean: Tensor = clean, mask: FrameMask = mask) -> Tensor:
+            levels = torch.cat((torch.zeros(1, clean.shape[1]), timesteps), dim=1)
+            return model(torch.cat((clean, noisy), dim=1), levels, prompt(), mask)[:, -3:]
+
+        given = source[:, start : start + 3] if redrawn else None
+        noisy = draw_noise(generator.keys, frames, generator.frame_shape)
+        if given is not None:
+            noisy = (1 - 0.8) * given + 0.8 * noisy
+        expected = few_step_sample(velocity, noisy, levels, fresh_noise_of(generator.keys, start))
+        found = generator.next_block(given, levels)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        clean = torch.cat((clean, found), dim=1)
+
+
+def test_history_is_the_frames_that_the_cache_holds() -> None:
+    generator = stream(StudentSettings(window=9, sink=3))
+    made = torch.cat([generator.next_block() for _ in range(6)], dim=1)
+    assert len(generator.cache) == 9
+    assert torch.equal(generator.state_dict()["history"], torch.cat((made[:, :3], made[:, -6:]), dim=1))
 
 
 def test_bytes_are_known_beforehand() -> None:

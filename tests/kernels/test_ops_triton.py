@@ -39,9 +39,28 @@ def randn(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Ten
 
 
 def rounded_once(found: Tensor, exact: Tensor) -> bool:
-    """Whether `found` is `exact` rounded to its dtype, give or take float32 arithmetic."""
-    allowed = torch.finfo(found.dtype).eps / 2 * exact.abs() + 3e-6 * (1 + exact.abs())
+    """Whether `found` is `exact` rounded (by the interpreter: cut off), give or take float32 arithmetic."""
+    ulps = 1.0 if INTERPRETED else 0.5
+    allowed = ulps * torch.finfo(found.dtype).eps * exact.abs() + 3e-6 * (1 + exact.abs())
     return found.shape == exact.shape and bool(((found.double() - exact).abs() <= allowed).all())
+
+
+@pytest.fixture
+def bfloat16_products(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton 3.9's interpreter multiplies bfloat16 matrices as the integers of their bits: widen them first."""
+    if not INTERPRETED:
+        return
+    from triton import language
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    products = InterpreterBuilder.create_dot
+
+    def create_dot(self: InterpreterBuilder, left: object, right: object, *rest: object) -> object:
+        if left.dtype == language.bfloat16:
+            left, right = (self.cast_impl(operand, language.float32) for operand in (left, right))
+        return products(self, left, right, *rest)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
 
 
 def double(*tensors: Tensor) -> list[Tensor]:
@@ -87,6 +106,7 @@ ATTENTION_SHAPES = [
 
 @pytest.mark.gpu
 @runnable
+@pytest.mark.usefixtures("bfloat16_products")
 @pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("queries", "keys", "channels"), ATTENTION_SHAPES)
@@ -100,7 +120,7 @@ def test_attention(queries: int, keys: int, channels: int, dtype: torch.dtype, b
     exact_bias = None if score_bias is None else score_bias.double()
     expected = reference.attention(*double(query, key, value), score_bias=exact_bias)
     assert found.dtype == dtype
-    tolerance = {torch.float32: 1e-6, torch.bfloat16: 5e-3}[dtype]
+    tolerance = {torch.float32: 1e-6, torch.bfloat16: 1e-2 if INTERPRETED else 5e-3}[dtype]
     assert (found.double() - expected).norm() <= tolerance * expected.norm()
 
 

@@ -44,7 +44,7 @@ scenes = st.builds(Scene, st.tuples(sprites), grounds, flags) | st.builds(
 # --- captions -----------------------------------------------------------------------------------------
 
 
-@settings(max_examples=1500, deadline=None)
+@settings(max_examples=500, deadline=None)
 @given(scenes, st.integers(0, 10**9))
 def test_parse_reads_what_caption_writes(scene, seed):
     text = caption(scene, seed)
@@ -53,7 +53,7 @@ def test_parse_reads_what_caption_writes(scene, seed):
     assert set(tokens(text)) <= set(VOCABULARY)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(scenes, st.integers(0, 10**9))
 def test_a_caption_names_every_attribute(scene, seed):
     told = collections.Counter(MEANINGS[word] for word in tokens(caption(scene, seed)) if word in MEANINGS)

@@ -244,6 +244,7 @@ def test_captured_passes_make_the_same_video(monkeypatch: pytest.MonkeyPatch, wi
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_cuda_graphs_make_the_same_video() -> None:
     student = StudentSettings(block=2, window=8, sink=2, timesteps=(1000.0, 500.0))
     torch.manual_seed(0)
