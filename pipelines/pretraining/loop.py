@@ -22,6 +22,7 @@ from rich.progress import (
 )
 
 SAVE_EVERY_SECONDS = 120.0
+LINE_EVERY_STEPS = 100  # in a log, where a progress bar cannot be drawn
 
 Batch = TypeVar("Batch", contravariant=True)
 
@@ -38,6 +39,7 @@ class Curve:
     def __init__(self, path: Path, resume_at: int) -> None:
         self._path = path
         kept = [row for row in read_curve(path) if row["step"] < resume_at]
+        self.seconds_before = kept[-1]["seconds"] if kept else 0.0
         path.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def append(self, row: dict[str, float]) -> None:
@@ -74,7 +76,8 @@ def train(
     if start >= steps:
         return
     curve = Curve(folder / "curve.jsonl", start)
-    saved = began = time.monotonic()
+    saved = time.monotonic()
+    began = saved - curve.seconds_before
     console = console or Console(stderr=True)
     with _progress(console) as progress, _finishing_the_step() as interrupted:
         task = progress.add_task(name, total=steps, completed=start, loss=float("nan"))
@@ -83,6 +86,9 @@ def train(
             done = step + 1
             curve.append({"step": step, "seconds": time.monotonic() - began, **metrics})
             progress.update(task, completed=done, loss=metrics["loss"])
+            if not console.is_terminal and (done % LINE_EVERY_STEPS == 0 or done == steps):
+                seconds = time.monotonic() - began
+                console.print(f"{name}: step {done}/{steps}, loss {metrics['loss']:.4f}, {seconds:.0f} s")
             if done == steps or interrupted.is_set() or time.monotonic() - saved > SAVE_EVERY_SECONDS:
                 _save(folder / "checkpoint.pt", learner, done)
                 saved = time.monotonic()

@@ -1,20 +1,31 @@
 """Stage 3: the teacher and its text encoder, trained by flow matching on the latents."""
 
+import copy
 from functools import partial
 from pathlib import Path
 
 import torch
 
 from ...actors.pretraining import TeacherBatch, TeacherLearner
-from ...kernels.diffusion.schedule import shift_sigma
+from ...actors.teacher import Teacher
+from ...kernels.diffusion.noise import SampleKey
+from ...kernels.diffusion.schedule import shift_sigma, timesteps
 from ...kernels.sprites.captions import VOCABULARY
+from ...kernels.sprites.oracle import grade
+from ...kernels.sprites.splits import prompts
 from ...kernels.wan.config import CONFIGS
 from ...kernels.wan.text import tiny_text_encoder
 from ...kernels.wan.transformer import VideoTransformer
+from ...kernels.wan.vae import StreamingVAE
 from ..recipe import PretrainRecipe
+from ..sheet import contact_sheet
+from .curves import plot_curve
 from .latents import LatentSet, load_latents
 from .loop import train
 from .vae import settings
+
+REPORT_EVERY = 1000
+SAMPLES, STEPS, GUIDANCE = 6, 50, 5.0
 
 
 def new_learner(recipe: PretrainRecipe, device: str) -> TeacherLearner:
@@ -31,8 +42,31 @@ def train_teacher(recipe: PretrainRecipe, run: Path, device: str) -> TeacherLear
     """Train in `run/teacher`, going on from its checkpoint; returns the learner with the final weights."""
     learner = new_learner(recipe, device)
     data = load_latents(recipe, run)
-    train("teacher", run / "teacher", learner, partial(batch_at, recipe, learner, data), recipe.teacher.steps)
+    folder, vae = run / "teacher", StreamingVAE.from_pretrained(run / "model" / "vae")
+
+    def report(step: int) -> None:
+        plot_curve(folder)
+        _sheet(recipe, learner, vae, folder / f"sheet-{step:06d}.png")
+
+    batches = partial(batch_at, recipe, learner, data)
+    train("teacher", folder, learner, batches, recipe.teacher.steps, every=(REPORT_EVERY, report))
     return learner
+
+
+def _sheet(recipe: PretrainRecipe, learner: TeacherLearner, vae: StreamingVAE, path: Path) -> None:
+    """Samples of the averaged teacher for held-out prompts, each with its score."""
+    teacher = Teacher(*map(copy.deepcopy, learner.averaged()), copy.deepcopy(vae).to(learner.engine.device))
+    chosen = prompts("heldout", SAMPLES, recipe.seed, recipe.world.level)
+    frames = 1 + (recipe.world.frames - 1) // vae.temporal_factor
+    side = recipe.world.size // vae.spatial_factor
+    noise = teacher.noise([SampleKey(recipe.seed, text, 0) for text, _ in chosen], (frames, side, side))
+    grid = timesteps(STEPS, recipe.teacher.shift)
+    videos = teacher.decode(teacher.sample([text for text, _ in chosen], noise, grid, GUIDANCE)).numpy()
+    graded = [grade(video, scene, level=recipe.world.level) for video, (_, scene) in zip(videos, chosen, strict=True)]
+    rows = [
+        (f"{result.total:.2f}: {text}", video) for video, result, (text, _) in zip(videos, graded, chosen, strict=True)
+    ]
+    contact_sheet(rows, path)
 
 
 def batch_at(recipe: PretrainRecipe, learner: TeacherLearner, data: LatentSet, step: int) -> TeacherBatch:
@@ -46,9 +80,9 @@ def batch_at(recipe: PretrainRecipe, learner: TeacherLearner, data: LatentSet, s
     latents = data.latents[rows]
     # Stratified over the batch: each step sees every noise level, which calms the gradient.
     uniform = (torch.arange(teacher.batch) + torch.rand(teacher.batch, generator=generator)) / teacher.batch
-    timesteps = 1000 * shift_sigma(uniform[torch.randperm(teacher.batch, generator=generator)], teacher.shift)
+    levels = 1000 * shift_sigma(uniform[torch.randperm(teacher.batch, generator=generator)], teacher.shift)
     noise = torch.randn(latents.shape, generator=generator)
-    return TeacherBatch(latents, ids, mask, timesteps, noise)
+    return TeacherBatch(latents, ids, mask, levels, noise)
 
 
 def _rows(clips: int, batch: int, step: int, seed: int) -> torch.Tensor:

@@ -11,6 +11,7 @@ from ...actors.pretraining import VAELearner, to_pixels, to_video
 from ...kernels.wan.vae import StreamingVAE
 from ..recipe import OptimizerRecipe, PretrainRecipe
 from ..sheet import contact_sheet
+from .curves import plot_curve
 from .loop import train
 from .world import vae_batch
 
@@ -28,6 +29,7 @@ def train_vae(recipe: PretrainRecipe, run: Path, device: str) -> None:
     folder = run / "vae"
 
     def report(step: int) -> None:
+        plot_curve(folder, "psnr")
         _sheet(recipe, learner, folder / f"sheet-{step:06d}.png")
 
     train("vae", folder, learner, lambda step: vae_batch(recipe, step), recipe.vae.steps, every=(500, report))
