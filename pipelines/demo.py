@@ -17,10 +17,9 @@ from ..kernels.wan.context import TextContext
 from ..kernels.wan.transformer import VideoTransformer
 from ..kernels.wan.vae import StreamingVAE
 from .pretraining.vae import vae_config
-from .recipe import load_recipe
+from .recipe import TINY, load_recipe
 from .video import VideoWriter
 
-RECIPE = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 FRAMES_PER_SECOND = 16
 
 app = typer.Typer(add_completion=False, help="Stream a video and write it to demo/.")
@@ -38,7 +37,7 @@ def demo(
         "you will see is noise; the machine around it is the real one: Wan2.1's network at tiny size, four denoising "
         "steps a block, a KV cache with sink and window, and a streaming VAE that decodes as the latents come."
     )
-    recipe = load_recipe(RECIPE).pretrain
+    recipe = load_recipe(TINY).pretrain
     torch.manual_seed(recipe.seed)
     config, settings = CONFIGS[recipe.model], StudentSettings(window=12, sink=3)
     side = recipe.world.size // 8

@@ -13,7 +13,7 @@ from .pretraining.export import export_model
 from .pretraining.latents import make_latents
 from .pretraining.teacher import train_teacher
 from .pretraining.vae import train_vae
-from .recipe import PretrainRecipe, fingerprint, load_recipe
+from .recipe import TINY, PretrainRecipe, fingerprint, load_recipe
 
 app = typer.Typer(add_completion=False, help="Train a tiny VAE, text encoder and teacher on the sprites world.")
 
@@ -26,7 +26,7 @@ class Stage(enum.StrEnum):
 
 @app.command()
 def pretrain_command(
-    recipe: Annotated[Path, typer.Option(help="Recipe file.")] = Path("configs/tiny.yaml"),
+    recipe: Annotated[Path, typer.Option(help="Recipe file; the tiny one ships with the package.")] = TINY,
     run: Annotated[Path, typer.Option(help="Folder of the run; an interrupted run goes on there.")] = Path("runs/tiny"),
     stage: Annotated[list[Stage] | None, typer.Option(help="Only these stages (may be repeated).")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",

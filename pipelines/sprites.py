@@ -81,7 +81,7 @@ def sheet(
 ) -> None:
     """Draw a contact sheet of renderings, and of a teacher's samples, with captions and scores."""
     chosen = _prompts(split, count, seed, level)
-    videos = {"rendering": _renderings(chosen, split, level)}
+    videos = {"rendering": _renderings(chosen, split, seed, level)}
     if model is not None:
         videos["teacher"] = sample(Teacher.from_pretrained(model), chosen, steps=steps, guidance=guidance, seed=seed)
     rows = []
@@ -107,7 +107,7 @@ def score(
     chosen = _prompts(split, count, seed, level)
     scenes = [scene for _, scene in chosen]
     teacher = Teacher.from_pretrained(model)
-    renderings = _renderings(chosen, split, level)
+    renderings = _renderings(chosen, split, seed, level)
     columns = {
         "rendering": judge(renderings, scenes, level=level),
         "reconstruction": judge(teacher.reconstruct(renderings), scenes, level=level),
@@ -139,9 +139,9 @@ def sample(
     return videos
 
 
-def _renderings(chosen: list[tuple[str, Scene]], split: str, level: int) -> list[np.ndarray]:
+def _renderings(chosen: list[tuple[str, Scene]], split: str, seed: int, level: int) -> list[np.ndarray]:
     return [
-        render(scene, clip_seed(split, index), FRAMES, level=level, size=SIZE)
+        render(scene, clip_seed(split, index, seed), FRAMES, level=level, size=SIZE)
         for index, (_, scene) in enumerate(chosen)
     ]
 

@@ -270,7 +270,8 @@ STEP, STEP_SCALE = 0.08, 0.03  # frame sizes: a free step per frame, and how fas
 ABSENCE_COST = 0.5  # of a frame without a sighting
 CHANGE_COST = 1.0  # of a change between seen and not seen
 STRANGE_COST = 6.0  # most that a leap or another colour costs
-COLOR_SCALE = 0.12
+COLOR_SCALE = 0.12  # change of colour that costs a half
+SAME_COLOR = 0.05  # spread of one sprite's colour
 MINIMUM_SHARE = 0.06  # of the frames, for a track to count
 
 
@@ -297,12 +298,13 @@ def follow(blobs: Blobs, size: int, count: int) -> list[Rough]:
 
 
 def _typical_color(blobs: Blobs, certainty: Array, taken: Ints) -> Array | None:
-    """The colour among those taken that most others are close to; a mean would lie between two sprites."""
+    """The colour among those taken that most others are close to; a mean could lie between two sprites'."""
     rows = np.flatnonzero(taken < certainty.shape[1])
     if not len(rows):
         return None
     colors = blobs.colors[rows, taken[rows]]
-    best = _color_cost(colors[:, None] - colors).sum(axis=1).argmin()
+    square = np.square(colors[:, None] - colors).sum(axis=-1)
+    best = np.exp(-square / (2 * SAME_COLOR**2)).sum(axis=1).argmax()
     return np.asarray(colors[best])
 
 

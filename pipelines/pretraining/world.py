@@ -6,7 +6,7 @@ from torch import Tensor
 
 from ...kernels.sprites.captions import caption
 from ...kernels.sprites.render import render
-from ...kernels.sprites.splits import sample_scene
+from ...kernels.sprites.splits import clip_seed, sample_scene
 from ..recipe import PretrainRecipe
 
 LEVELS = (0, 1, 2, 3)
@@ -15,8 +15,8 @@ LEVELS = (0, 1, 2, 3)
 def clip(recipe: PretrainRecipe, index: int) -> tuple[str, np.ndarray]:
     """Caption and frames, uint8 [T, H, W, 3], of the teacher's training clip `index`."""
     world = recipe.world
-    scene = sample_scene("train", _seed(recipe, "teacher", index), level=world.level)
-    seed = _seed(recipe, "clip", index)
+    seed = clip_seed("train", index, recipe.seed)
+    scene = sample_scene("train", seed, level=world.level)
     return caption(scene, seed), render(scene, seed, world.frames, level=world.level, size=world.size)
 
 

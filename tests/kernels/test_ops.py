@@ -184,6 +184,7 @@ MASKS = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("tokens", [1, 5, 32])
 @pytest.mark.parametrize("name", MASKS)
 def test_frame_mask_equals_the_token_mask_and_flex_attention(name: str, tokens: int) -> None:

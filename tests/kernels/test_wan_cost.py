@@ -92,9 +92,7 @@ def test_a_pass_does_not_read_the_text_side(model: VideoTransformer) -> None:
 
 
 def test_quantised_linears_are_those_of_the_blocks() -> None:
-    linears = [
-        module for module in VideoTransformer(SMALL).blocks.modules() if isinstance(module, torch.nn.Linear)
-    ]
+    linears = [module for module in VideoTransformer(SMALL).blocks.modules() if isinstance(module, torch.nn.Linear)]
     saved = sum(layer.weight.numel() for layer in linears)  # one byte instead of two
     bfloat16 = weight_bytes(SMALL, torch.bfloat16)
     assert bfloat16 - weight_bytes(SMALL, torch.bfloat16, torch.float8_e4m3fn) == saved
