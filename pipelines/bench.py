@@ -14,6 +14,7 @@ from ..actors.bench_network import Acceleration
 app = typer.Typer(add_completion=False)
 
 Report = dict[str, Any]
+COMMIT_DIGITS = 12
 UNITS = ("", "k", "M", "G", "T", "P", "E")
 
 
@@ -113,6 +114,9 @@ def _run_lines(report: Report) -> dict[str, str]:
     setting, student = report["setting"], report["student"]
     levels = ", ".join(f"{level:.5g}" for level in setting["timesteps"])
     vae, text = setting["vae_decoding"], setting["text_encoding"]
+    versions = {name: version for name, version in report["versions"].items() if version}
+    if commit := versions.get("commit"):
+        versions["commit"] = commit[:COMMIT_DIGITS] + ("+" if commit.endswith("+") else "")
     return {
         "block": f"{setting['block']} latent frames (the first {setting['first_block']})",
         "steps": f"{setting['steps']} and a clean pass; timesteps {levels}",
@@ -123,7 +127,7 @@ def _run_lines(report: Report) -> dict[str, str]:
         "warm-up": f"{setting['warmup_blocks']} blocks; the teacher: 1 pass",
         "text encoding": f"not in ({text['rows']} random rows per prompt)",
         "VAE decoding": "in" if vae["included"] else f"not in: {vae['left_out_because']}",
-        "versions": ", ".join(f"{name} {version}" for name, version in report["versions"].items() if version),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
     }
 
 
@@ -180,11 +184,11 @@ def floor_table(report: Report) -> Table:
         table.add_row("peak of a float8 matmul", _scaled(peaks["fp8_matmul_flops_per_second"], "FLOP/s"))
     table.add_row("peak of a large copy", _scaled(peaks["copy_bytes_per_second"], "B/s"))
     for label, name, unit in (
-        ("block, denoising steps", "denoise_flops", "FLOP"),
-        ("block, clean pass", "clean_pass_flops", "FLOP"),
-        ("block, VAE", "decode_flops", "FLOP"),
-        ("block, bytes of weights and cache", "denoise_and_clean_bytes", "B"),
-        ("block, bytes of VAE weights and state", "decode_bytes", "B"),
+        ("a block of all streams: denoising steps", "denoise_flops", "FLOP"),
+        ("a block of all streams: clean pass", "clean_pass_flops", "FLOP"),
+        ("a block of all streams: VAE", "decode_flops", "FLOP"),
+        ("a block of all streams: weights and cache", "denoise_and_clean_bytes", "B"),
+        ("a block of all streams: VAE weights and state", "decode_bytes", "B"),
     ):
         table.add_row(label, _scaled(block[name], unit))
     for label, name in (("end to end", "end_to_end"), ("denoise only", "denoise_only")):

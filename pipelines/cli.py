@@ -15,6 +15,7 @@ COMMANDS = {
     "bench": "Measure a streaming student and its teacher: speed, latency, memory, and their floor.",
     "checkpoint": "Inspect, import and export checkpoints of video transformers.",
     "demo": "Stream a video and write it to demo/.",
+    "shards": "Inspect, verify and repair data sets of shards.",
     "sprites": "Look at the embedded video world; grade models and videos in it.",
     "pretrain": "Train a tiny VAE, text encoder and teacher on the sprites world.",
 }

@@ -22,8 +22,8 @@ SLANT_FREE, SLANT_SCALE = np.radians(22.0), np.radians(10.0)  # either way from 
 CIRCLES = (0.10, 0.20)  # radii that the world's circles have, with some room
 TURNING_SHARE = 0.3  # of the chords that random turns may spoil
 STRAIGHT = 0.012  # frame sizes that a straight piece may stray
-JITTER_FREE, JITTER_SCALE = 0.0025, 0.011  # frame sizes
-BROKEN_WEIGHT = 3.0  # how many frames one broken step spoils
+JITTER_FREE, JITTER_SCALE = 0.0025, 0.012  # frame sizes
+BROKEN_WEIGHT = 3.0  # how many frames one broken step spoils, as long as there are few
 
 
 @dataclass(frozen=True)
@@ -85,9 +85,9 @@ def smoothness(path: Path) -> float:
     after = _shifted_error(points, known, (1, 2, 3), (3.0, -3.0, 1.0))
     around = _shifted_error(points, known, (-2, -1, 1, 2), (-1 / 6, 4 / 6, 4 / 6, -1 / 6))
     jitter = np.fmin(np.fmin(before, after), around)
-    jitter = jitter[np.isfinite(jitter)]
-    spoiled = 1 - soft(jitter - JITTER_FREE, JITTER_SCALE).mean() if len(jitter) else 0.0
-    return float(np.clip(1 - spoiled - BROKEN_WEIGHT * _broken_steps(points, known), 0, 1))
+    jitter = np.maximum(jitter[np.isfinite(jitter)] - JITTER_FREE, 0) / JITTER_SCALE
+    calm = (1 / (1 + np.square(jitter))).mean() if len(jitter) else 1.0
+    return float(calm * np.exp(-BROKEN_WEIGHT * _broken_steps(points, known)))
 
 
 def _shifted_error(points: Floats, known: Bools, shifts: tuple[int, ...], weights: tuple[float, ...]) -> Floats:

@@ -91,9 +91,10 @@ def fit_ground(frames: Array) -> Ground:
     share = heights(size)[::GROUND_STRIDE]
     starts = [*palette_grounds().values(), _median_line(pixels, share)]
     costs = [_robust_cost(pixels, share, top, bottom) for top, bottom in starts]
-    top, bottom = starts[int(np.argmin(costs))]
+    line = starts[int(np.argmin(costs))]
     for _ in range(6):
-        top, bottom = _reweighted(pixels, share, top, bottom)
+        line = _reweighted(pixels, share, *line)
+    top, bottom = line
     image = np.broadcast_to(_line(heights(size), top, bottom), (size, frames.shape[2], 3))
     offsets = _frame_offsets(frames, image)
     near = pixels - _line(share, top, bottom) - offsets[chosen, None, None]
@@ -224,7 +225,8 @@ def find_blobs(above: Array, image: Array, count: int) -> Blobs:
     for _ in range(count):
         one = _strongest(half * kept[:, None], size)
         found.append(one)
-        kept = kept * (1 - disc(one[0] / 2, one[2] / 2 + 0.75, size // 2))
+        reach = (one[2] / 2 + 0.75).astype(np.float32)
+        kept = kept * (1 - disc((one[0] / 2).astype(np.float32), reach, size // 2))
     positions, colors, radii, certainty = (np.stack(parts, axis=1) for parts in zip(*found, strict=True))
     columns, rows = positions.astype(np.int64).transpose(2, 0, 1)
     return Blobs(positions, colors + image[rows, columns], radii, certainty)
@@ -276,45 +278,55 @@ MINIMUM_SHARE = 0.06  # of the frames, for a track to count
 
 
 def follow(blobs: Blobs, size: int, count: int) -> list[Rough]:
-    """Link blobs to at most `count` tracks, the surest first.
+    """Link blobs to at most `count` tracks, one of which may be of something that nobody asked for.
 
     Each track is the cheapest path through the blobs that no earlier track has taken (dynamic programming):
-    leaps, changes of colour and frames without a sighting cost. A second pass, with the first one's colour
-    known, keeps a track from going on with another sprite after it was hidden.
+    leaps, changes of colour and frames without a sighting cost. Of two sprites whose ways cross, each has one
+    of the two commonest colours, so that its track does not go on with the other one.
     """
     certainty = blobs.certainty.copy()
+    own = _common_colors(blobs, count - 1) if count > 2 else []
     tracks: list[Rough] = []
-    for _ in range(count):
-        taken = _cheapest(blobs, certainty, size, None)
-        color = _typical_color(blobs, certainty, taken)
-        if color is not None:
-            taken = _cheapest(blobs, certainty, size, color)
+    for index in range(count):
+        strange = _strangeness(blobs.colors, own, index) if index < len(own) else np.zeros_like(certainty)
+        taken = _cheapest(blobs, certainty, strange, size)
         rows = np.flatnonzero(taken < blobs.certainty.shape[1])
         if len(rows) < max(2, MINIMUM_SHARE * len(taken)):
-            break
+            continue
         tracks.append(_rough(blobs, certainty, taken, size))
         certainty[rows, taken[rows]] = 0
     return tracks
 
 
-def _typical_color(blobs: Blobs, certainty: Array, taken: Ints) -> Array | None:
-    """The colour among those taken that most others are close to; a mean could lie between two sprites'."""
-    rows = np.flatnonzero(taken < certainty.shape[1])
-    if not len(rows):
-        return None
-    colors = blobs.colors[rows, taken[rows]]
+def _common_colors(blobs: Blobs, count: int) -> list[Array]:
+    """The commonest colours of sure blobs, at most `count`, each unlike the others."""
+    colors, sure = blobs.colors.reshape(-1, 3), blobs.certainty.reshape(-1).astype(np.float32)
     square = np.square(colors[:, None] - colors).sum(axis=-1)
-    best = np.exp(-square / (2 * SAME_COLOR**2)).sum(axis=1).argmax()
-    return np.asarray(colors[best])
+    common: list[Array] = []
+    for _ in range(count):
+        support = np.exp(-square / (2 * SAME_COLOR**2)) @ sure
+        best = int(support.argmax())
+        if support[best] < MINIMUM_SHARE * len(blobs.colors):
+            break
+        common.append(colors[best])
+        sure = sure * (square[best] > COLOR_SCALE**2)
+    return common
 
 
-def _cheapest(blobs: Blobs, certainty: Array, size: int, color: Array | None) -> Ints:
-    """Index of the blob taken in every frame [F]; K for none."""
+def _strangeness(colors: Array, own: list[Array], index: int) -> Array:
+    """What it costs [F, K] to take a blob that looks more like another sprite than like this one."""
+    costs = np.stack([_color_cost(colors - color) for color in own])
+    others = np.delete(costs, index, axis=0)
+    if not len(others):
+        return np.zeros_like(costs[0])
+    return np.asarray(np.maximum(costs[index] - others.min(axis=0), 0))
+
+
+def _cheapest(blobs: Blobs, certainty: Array, strange: Array, size: int) -> Ints:
+    """Index of the blob taken in every frame [F]; K for none. strange [F, K]: what each blob costs more."""
     frames, states = certainty.shape[0], certainty.shape[1] + 1
     unary = np.full((frames, states), ABSENCE_COST, np.float32)
-    unary[:, :-1] = 1 - certainty + 4.0 * (certainty < 0.02)
-    if color is not None:
-        unary[:, :-1] += _color_cost(blobs.colors - color)
+    unary[:, :-1] = 1 - certainty + 4.0 * (certainty < 0.02) + strange
     gap = torus_gap(blobs.positions[1:, None], blobs.positions[:-1, :, None], size)
     leap = np.square(np.maximum(np.linalg.norm(gap, axis=-1) / size - STEP, 0) / STEP_SCALE)
     change = _color_cost(blobs.colors[1:, None] - blobs.colors[:-1, :, None])

@@ -21,7 +21,7 @@ from .scene import FRAMES_PER_SECOND, Scene
 Video = npt.NDArray[np.uint8]
 Array = npt.NDArray[np.float64]
 
-FILTERS = 12  # random filters per scale
+FILTERS = 8  # random filters per scale: half see detail, half see change over time
 SCALES = 3  # full, half and quarter resolution, in space and in time
 FEATURES = FILTERS * SCALES
 FLOOR = 1e-5  # added to a filter's energy before the logarithm: a quarter of a grey level, squared, is 1e-6
@@ -30,19 +30,28 @@ PHASE_FLOOR = 0.02  # frame heights; below it the world itself has no spread of 
 
 @cache
 def random_filters() -> torch.Tensor:
-    """Return the fixed random filters [SCALES * FILTERS, 3, 3, 5, 5], each of zero mean and unit norm."""
+    """Return the fixed random filters [FEATURES, 3 colours, 3 frames, 5, 5], each of zero mean and unit norm.
+
+    Of each scale's, one half is a random 3 × 3 pattern under a Laplacian in space (what blur takes away),
+    the other a random 5 × 5 pattern times a difference in time (what a frozen video lacks).
+    """
     generator = torch.Generator().manual_seed(20412)
-    filters = torch.randn(FEATURES, 3, 3, 5, 5, generator=generator)
-    filters = filters - filters.mean(dim=(1, 2, 3, 4), keepdim=True)
-    return filters / filters.flatten(1).norm(dim=1)[:, None, None, None, None]
+    laplacian = torch.tensor([[0.0, 1.0, 0.0], [1.0, -4.0, 1.0], [0.0, 1.0, 0.0]])[None, None]
+    small = torch.randn(FEATURES * 3, 1, 3, 3, generator=generator)
+    detail = functional.conv_transpose2d(small, laplacian).view(FEATURES, 3, 1, 5, 5)
+    wide = torch.randn(FEATURES, 3, 1, 5, 5, generator=generator)
+    still, moving = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([-1.0, 0.0, 1.0])
+    sees_change = (torch.arange(FEATURES) % 2 == 1).view(-1, 1, 1, 1, 1)
+    filters = torch.where(sees_change, wide * moving.view(1, 1, 3, 1, 1), detail * still.view(1, 1, 3, 1, 1))
+    return filters / torch.linalg.vector_norm(filters, dim=(1, 2, 3, 4), keepdim=True)
 
 
 def features(videos: Iterable[Video]) -> Array:
     """Return the fixed features of each video, [N, FEATURES], for uint8 videos [F, H, W, 3] of any length.
 
     A feature is the logarithm of the mean energy of a rectified random space-time filter (3 frames × 5 × 5
-    pixels × 3 colours, zero mean), at full, half and quarter resolution. It does not know where a sprite is;
-    it sees edges and their sharpness, colours against each other, and motion.
+    pixels × 3 colours, see `random_filters`), at full, half and quarter resolution. It does not know where a
+    sprite is; it sees edges and their sharpness, colours against each other, and motion.
     """
     rows = [_video_features(torch.from_numpy(np.ascontiguousarray(video))) for video in videos]
     if not rows:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from . import detect, fit
 from .detect import Ground, Rough
-from .scene import SIZES
+from .scene import SHAPES, SIZES
 
 Array = NDArray[np.float32]
 Bools = NDArray[np.bool_]
@@ -142,7 +142,7 @@ def _look(frames: Array, above: Array, tracks: list[Rough], index: int) -> Look:
     there = np.ones(len(rows), np.bool_)
     centres = tracks[index].positions[rows]
     piece = fit.cut(above[rows], weight, centres, there)
-    grid = (len(fit.SHAPES), len(SIZES), 1)
+    grid = (len(SHAPES), len(SIZES), 1)
     coarse = fit.match(piece, fit.bank(size, fit.COARSE, fit.BLURS[1:2]), grid, fit.COARSE)
     shape, scale = np.unravel_index(coarse.explained[..., 0].sum(axis=0).argmax(), grid[:2])
     centres = piece.anchors + np.float32(0.5) + coarse.offsets[:, shape, scale, 0]
@@ -167,7 +167,7 @@ class _View:
 
     @property
     def size(self) -> int:
-        return self.frames.shape[1]
+        return int(self.frames.shape[1])
 
 
 def _radius(look: Look, size: int) -> float:
@@ -232,7 +232,7 @@ def _reach(doubtful: Bools, size: int) -> Array:
     if not len(sure):
         return np.full(len(doubtful), size, np.float32)
     since = np.abs(frames[:, None] - sure).min(axis=1)
-    return (size * (SEARCH_REACH + SEARCH_GROWTH * since)).astype(np.float32)
+    return np.asarray(size * (SEARCH_REACH + SEARCH_GROWTH * since), np.float32)
 
 
 def _gain(view: _View, placed: list[Rough], looks: list[Look], index: int, rows: NDArray[np.int64]) -> Array:
@@ -249,7 +249,7 @@ def _gain(view: _View, placed: list[Rough], looks: list[Look], index: int, rows:
             there = detect.disc(placed[other].positions[rows], _radius(looks[other], view.size), view.size)
             theirs = np.minimum(rest, fit.color_costs(frames, looks[other].colors))
             gain = np.where(there > 0.5, np.maximum(theirs - own, 0), gain)
-    return gain
+    return np.asarray(gain, np.float32)
 
 
 def _peak(gain: Array, look: Look, around: Array, reach: Array, *, pad: int) -> tuple[Array, Array]:

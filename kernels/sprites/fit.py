@@ -216,7 +216,7 @@ def two_colors(pixels: Array, weight: Array) -> Array:
             part = share * (nearer == k)
             if part.sum() > 1e-6 * share.sum():
                 means[k] = part @ points / part.sum()
-    return means.astype(np.float32)
+    return np.asarray(means, np.float32)
 
 
 def color_costs(pixels: Array, colors: Array) -> Array:

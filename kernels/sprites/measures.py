@@ -15,7 +15,7 @@ Bools = NDArray[np.bool_]
 FLICKER_BLOCK, FLICKER_SCALE = 16, 0.08  # blocks per side; change per frame that halves the score
 DRIFT_BLOCK, DRIFT_SCALE, DRIFT_FRAMES = 8, 0.08, 8
 LOOK_CELLS, LOOK_FREE, LOOK_SCALE = 7, 0.025, 0.15  # cells per side; change of colour that is still free
-ERROR_SCALE = 0.08  # root mean square error about a sprite or of the ground that halves the score
+ERROR_FREE, ERROR_SCALE = 0.01, 0.08  # of the root mean square error about a sprite or of the ground
 RENDERED_FRAMES = 16  # frames that a sprite's texture and colours are taken from
 
 
@@ -153,7 +153,7 @@ def _cells(window: int, radius: float) -> Array:
     row = np.floor((y + 1) / 2 * LOOK_CELLS).astype(np.int64)
     inside = (column >= 0) & (column < LOOK_CELLS) & (row >= 0) & (row < LOOK_CELLS)
     cell = np.where(inside, row * LOOK_CELLS + column, -1).reshape(-1)
-    return (cell[:, None] == np.arange(LOOK_CELLS**2)).astype(np.float32)
+    return np.asarray(cell[:, None] == np.arange(LOOK_CELLS**2), np.float32)
 
 
 # --- rendering again ----------------------------------------------------------------------------------
@@ -174,15 +174,17 @@ def imaging_quality(found: Findings, free: Array, sprites: tuple[Sprite | None, 
     for sprite in sorted(found.sprites, key=lambda each: each.depth):
         near[id(sprite)] = _draw(picture, found, level, ground.image, sprite, textured)
     error = np.square(level - picture).mean(axis=-1)
-    ground_score = halving(float(np.sqrt((error * free).sum() / max(float(free.sum()), 1.0))), ERROR_SCALE)
-    scores = []
-    for one in sprites:
-        region = near[id(one)] if one is not None else None
-        if region is None or region.sum() < 1:
-            scores.append(0.0)
-        else:
-            scores.append(halving(float(np.sqrt((error * region).sum() / region.sum())), ERROR_SCALE))
+    ground_score = _clearness(error, free)
+    scores = [0.0 if one is None else _clearness(error, near[id(one)]) for one in sprites]
     return 0.5 * ground_score + 0.5 * sum(scores) / len(scores)
+
+
+def _clearness(error: Array, region: Array) -> float:
+    """How small the error [F, H, W] is in a region [F, H, W] of weights; 0 where there is no region."""
+    amount = float(region.sum())
+    if amount < 1:
+        return 0.0
+    return halving(max(float(np.sqrt((error * region).sum() / amount)) - ERROR_FREE, 0.0), ERROR_SCALE)
 
 
 def _draw(picture: Array, found: Findings, level: Array, image: Array, sprite: Sprite, textured: bool) -> Array:
@@ -226,8 +228,7 @@ def _shares(level: Array, found: Findings, sprite: Sprite, shifts: Array, radius
     x, y = grid(window, radius)
     centres = shifts + np.array([texture.x, texture.y], np.float32)
     x, y = x - (centres[:, 0] / radius)[:, None, None], y - (centres[:, 1] / radius)[:, None, None]
-    angle, offset = np.float32(texture.angle), np.float32(texture.offset)
-    return share(texture.kind, angle, offset, x, y, radius)
+    return share(texture.kind, texture.angle, texture.offset, x, y, radius)
 
 
 def _colors(

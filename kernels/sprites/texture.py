@@ -31,7 +31,7 @@ class Texture:
     y: float = 0.0
 
 
-def share(kind: int, angle: Array, offset: Array, x: Array, y: Array, radius: float) -> Array:
+def share(kind: int, angle: Array | float, offset: Array | float, x: Array, y: Array, radius: float) -> Array:
     """Return how much of the second colour shows, in [0, 1], at the sprite's own coordinates (1 = radius).
 
     All arguments but `kind` and `radius` (pixels, for anti-aliasing) may be arrays that broadcast.
@@ -108,8 +108,7 @@ def _refined(texture: Texture, colors: Array, weight: Array, window: int, radius
         texture = replace(texture, angle=float(angles[place, 0, 0]), offset=float(offsets[place, 0, 0]))
         right, down = texture.x + turn * spans[2], texture.y + slide * spans[2]
         u, v = x - right / radius, y - down / radius
-        angle, offset = np.float64(texture.angle), np.float64(texture.offset)
-        near = share(texture.kind, angle, offset, u, v, radius).reshape(len(turn), -1)
+        near = share(texture.kind, texture.angle, texture.offset, u, v, radius).reshape(len(turn), -1)
         results = _explained(near, colors, weight)
         place = int(results.argmax())
         texture = replace(texture, x=float(right[place, 0, 0]), y=float(down[place, 0, 0]))
