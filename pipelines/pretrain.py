@@ -2,6 +2,7 @@
 
 import enum
 import json
+import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -29,12 +30,15 @@ def pretrain_command(
     recipe: Annotated[Path, typer.Option(help="Recipe file; the tiny one ships with the package.")] = TINY,
     run: Annotated[Path, typer.Option(help="Folder of the run; an interrupted run goes on there.")] = Path("runs/tiny"),
     stage: Annotated[list[Stage] | None, typer.Option(help="Only these stages (may be repeated).")] = None,
+    vae: Annotated[Path | None, typer.Option(help="Use this trained VAE folder instead of training one.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     override: Annotated[list[str] | None, typer.Option("--set", help="a.b=value: change the recipe.")] = None,
 ) -> None:
     """Train in RUN; the finished model is RUN/model, in the diffusers layout."""
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: no CUDA device here")
+    if vae is not None:
+        _adopt_vae(vae, run)
     console = Console(stderr=True)
     try:
         pretrain(load_recipe(recipe, override).pretrain, run, stages=set(stage or Stage), device=device)
@@ -53,6 +57,16 @@ def pretrain(recipe: PretrainRecipe, run: Path, *, stages: set[Stage], device: s
     if Stage.teacher in stages:
         learner = train_teacher(recipe, run, device)
         export_model(recipe, learner, run / "model")
+
+
+def _adopt_vae(source: Path, run: Path) -> None:
+    """Copy a VAE folder to where the VAE's stage would have put its own; one that is there already stays."""
+    target, temporary = run / "model" / "vae", run / "model" / "vae.tmp"
+    if not (source / "config.json").is_file():
+        raise FileNotFoundError(f"--vae {source}: no config.json, expected a VAE folder in the diffusers layout")
+    if not target.exists():
+        shutil.copytree(source, temporary, dirs_exist_ok=True)
+        temporary.replace(target)
 
 
 def _claim(recipe: PretrainRecipe, run: Path) -> None:

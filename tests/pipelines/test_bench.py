@@ -108,6 +108,7 @@ def test_rates_and_ratios_follow_from_the_seconds(tiny: tuple[Outcome, dict[str,
     assert rates["end_to_end"] * seconds["total"] == pytest.approx(33)
     assert rates["denoise_only"] * (seconds["denoise"] + seconds["clean_pass"]) == pytest.approx(33)
     assert seconds["denoise"] + seconds["clean_pass"] + seconds["decode"] < seconds["total"]
+    assert seconds["clean_pass"] > 0.02 * seconds["denoise"]  # one pass of the network beside four
     assert 0 < student["time_to_first_frame"] < seconds["total"] - student["chunk_gap"]["p50"]
     assert teacher["frames_per_second"]["denoise_only"] * teacher["seconds"]["denoise"] == pytest.approx(33)
     assert teacher["seconds"]["denoise"] < teacher["time_to_first_frame"] < teacher["seconds"]["total"]

@@ -88,6 +88,15 @@ def test_another_recipe_is_refused_with_the_difference(run: Path) -> None:
         job.pretrain(recipe("pretrain.teacher.batch=3"), run, stages=set(job.Stage))
 
 
+def test_a_given_vae_is_not_trained_again(run: Path, tmp_path: Path) -> None:
+    small = [argument for override in SMALL for argument in ("--set", override)]
+    arguments = ["--run", str(tmp_path), "--vae", str(run / "model" / "vae"), "--stage", "vae", *small]
+    assert CliRunner().invoke(job.app, ["--recipe", str(RECIPE), *arguments]).exit_code == 0
+    weights = "diffusion_pytorch_model.safetensors"
+    assert (tmp_path / "model/vae" / weights).read_bytes() == (run / "model/vae" / weights).read_bytes()
+    assert not (tmp_path / "vae").exists()
+
+
 def test_resolved_recipe_is_beside_the_result(run: Path) -> None:
     written = json.loads((run / "recipe.json").read_text())
     assert written["pretrain"] == recipe().model_dump(mode="json")
@@ -105,6 +114,7 @@ def test_resolved_recipe_is_beside_the_result(run: Path) -> None:
         (["--recipe", str(RECIPE), "--set", "pretrain.teacher.batches=2"], "Extra inputs are not permitted"),
         (["--recipe", str(RECIPE), "--set", "teacher"], "expected a.b=value, got 'teacher'"),
         (["--recipe", str(RECIPE), "--device", "cuda"], "no CUDA device here"),
+        (["--recipe", str(RECIPE), "--vae", "none"], "--vae none: no config.json"),
     ],
 )
 def test_mistakes_are_named(arguments: list[str], message: str, tmp_path: Path) -> None:
