@@ -160,6 +160,13 @@ class ShardError(ValueError):
         return ": ".join(part for part in (self.where, self.key, self.reason) if part)
 
 
+@dataclass(frozen=True)
+class Quarantined:
+    """In a sample's place: the item cannot give one, for this reason, and trying again would not help."""
+
+    reason: str
+
+
 class Input(Protocol):
     """What a shard is read from."""
 
@@ -196,7 +203,7 @@ def _read_header(file: Input, where: str, key: str) -> tarfile.TarInfo | None:
     """The next member's header; None at the end mark."""
     try:
         header = tarfile.TarInfo.frombuf(file.read(TAR_BLOCK), "ascii", "strict")
-    except tarfile.EOFHeaderError:
+    except tarfile.EOFHeaderError:  # type: ignore[attr-defined]
         return None
     except (tarfile.HeaderError, UnicodeDecodeError) as error:
         place = f"after {key}" if key else "at the beginning"
@@ -215,9 +222,12 @@ def _read_payload(file: Input, where: str, key: str, size: int) -> bytes:
 
 
 def decode_sample(where: str, key: str, fields: dict[str, bytes]) -> dict[str, Any]:
-    """The values of a sample's fields. ShardError when one is damaged."""
+    """The values of a sample's fields. ShardError when one is damaged.
+
+    Empties `fields`, so that no more than one field is in memory both as bytes and as a value.
+    """
     try:
-        return {field: decode_field(field, data) for field, data in fields.items()}
+        return {field: decode_field(field, fields.pop(field)) for field in list(fields)}
     except ValueError as error:
         raise ShardError(where, key, str(error)) from error
 

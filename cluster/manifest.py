@@ -46,7 +46,7 @@ class ShardPlan:
 
     @property
     def keys(self) -> list[str]:
-        return self.items.column("key").to_pylist()
+        return list(self.items.column("key").to_pylist())
 
     def __reduce__(self) -> tuple[Any, ...]:
         sink = pyarrow.BufferOutputStream()
@@ -132,7 +132,7 @@ def plan(items: pyarrow.Table | Iterable[str], per_shard: int, fingerprint: str)
     """
     if per_shard < 1:
         raise ValueError(f"per_shard: must be at least 1, got {per_shard}")
-    table = items if isinstance(items, pyarrow.Table) else pyarrow.table({"key": list(items)})
+    table = items if isinstance(items, pyarrow.Table) else _table_of_keys(list(items))
     if "key" not in table.column_names:
         raise ValueError(f"items: need a column 'key', got {table.column_names}")
     _check_keys(table.column("key"))
@@ -224,6 +224,22 @@ def read_sound_record(storage: Storage, name: str) -> ShardRecord | None:
         return None
 
 
+def tar_names(storage: Storage) -> set[str]:
+    """The shards that have a tar."""
+    return set(_list_shards(storage).tars)
+
+
+def recorded_names(storage: Storage) -> set[str]:
+    """The shards that have a record."""
+    return set(_list_shards(storage).records)
+
+
+def missing_between(names: Iterable[str]) -> list[str]:
+    """The shards that the numbers of the given ones leave out."""
+    numbers = {index for name in names if (index := shard_index(name)) is not None}
+    return [shard_name(i) for i in range(max(numbers, default=-1) + 1) if i not in numbers]
+
+
 @dataclass(frozen=True)
 class _Folder:
     """A listing: bytes of each tar, and when each shard's record and the manifest were written."""
@@ -264,6 +280,10 @@ def _number(row: ManifestRow) -> int:
     index = shard_index(row.name)
     assert index is not None, f"not a shard: {row.name}"
     return index
+
+
+def _table_of_keys(keys: list[str]) -> pyarrow.Table:
+    return pyarrow.table({"key": pyarrow.array(keys, None if keys else pyarrow.string())})
 
 
 def _check_keys(keys: pyarrow.ChunkedArray) -> None:

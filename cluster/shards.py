@@ -2,10 +2,10 @@
 
 import hashlib
 import logging
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO, Literal, Self
+from typing import Any, Literal, Self
 
 import numpy
 import webdataset
@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, get_worker_info
 
 from .dataset import (
     DatasetInfo,
+    Quarantined,
     Sample,
     ShardError,
     decode_sample,
@@ -26,27 +27,20 @@ from .manifest import (
     ManifestRow,
     ShardPlan,
     ShardRecord,
+    missing_between,
     read_manifest,
     read_record,
     read_sound_record,
     record_name,
-    shard_index,
-    shard_name,
-    tar_name,
+    recorded_names,
+    tar_names,
     write_manifest,
 )
-from .storage import DifferentContent, LocalStorage, Staged, Storage
+from .storage import DifferentContent, HashedInput, LocalStorage, Staged, Storage
 
 log = logging.getLogger(__name__)
 
 _SCANNERS = 4  # shards that are checked at once
-
-
-@dataclass(frozen=True)
-class Quarantined:
-    """In a sample's place: the item cannot give one, for this reason, and trying again would not help."""
-
-    reason: str
 
 
 # --- Writing -----------------------------------------------------------------------------------------------
@@ -159,7 +153,7 @@ class Reading:
     rank: int = 0
     world: int = 1
     workers: int = 1
-    window: int = 256
+    window: int = 64
     check: bool = False
     damaged: Literal["fatal", "skip"] = "fatal"
 
@@ -168,6 +162,8 @@ class Reading:
             raise ValueError(f"rank: must be from 0 to {self.world - 1}, got {self.rank}")
         if self.workers < 1 or self.window < 1:
             raise ValueError(f"workers, window: must be at least 1, got {self.workers}, {self.window}")
+        if self.damaged not in ("fatal", "skip"):
+            raise ValueError(f"damaged: must be 'fatal' or 'skip', got {self.damaged!r}")
 
 
 @dataclass(frozen=True)
@@ -184,7 +180,8 @@ class ShardReader(webdataset.DataPipeline):
     The shards of an epoch are shuffled and laid end to end, and the readers (world × workers) get equal
     stretches of that line: every sample is read exactly once per epoch, and the readers' numbers of samples
     differ by one at most (also the ranks'), whatever the shards' sizes. A shard in which a stretch ends is
-    opened by two readers. Damaged samples, if they are to be left out, shorten only their reader.
+    opened by two readers. Damaged samples, if they are to be left out, shorten only their reader's epoch;
+    `skipped` counts them, and `damage` and the log say which and why (of worker processes, only the log).
 
     The order depends on nothing but the manifest and `Reading`, so a cursor is a few integers: `state()` at any
     sample, and `from_state` goes on with the next, in the same order. Samples are read one shard after the
@@ -206,6 +203,7 @@ class ShardReader(webdataset.DataPipeline):
         self.positions = [0] * self.reading.workers
         self.delivered = [0] * self.reading.workers
         self.damage: list[ShardError] = []
+        self._skipped_earlier = 0
         self._first_worker = 0
 
     @classmethod
@@ -217,7 +215,7 @@ class ShardReader(webdataset.DataPipeline):
         for name, value in reader._identity().items():
             if state.get(name) != value:
                 raise ValueError(f"{storage.uri}: cannot go on reading: {name} was {state.get(name)}, is now {value}")
-        reader.epoch = state["epoch"]
+        reader.epoch, reader._skipped_earlier = state["epoch"], state["skipped_earlier"]
         reader.positions, reader.delivered = list(state["positions"]), list(state["delivered"])
         return reader
 
@@ -225,6 +223,7 @@ class ShardReader(webdataset.DataPipeline):
         """The cursor after the samples given out so far; plain JSON."""
         cursor = {
             "epoch": self.epoch,
+            "skipped_earlier": self._skipped_earlier,
             "positions": list(self.positions),
             "delivered": list(self.delivered),
         }
@@ -232,14 +231,15 @@ class ShardReader(webdataset.DataPipeline):
 
     @property
     def skipped(self) -> int:
-        """Damaged samples that this epoch has left out so far."""
-        return sum(self.positions) - sum(self.delivered)
+        """Damaged samples that were left out since the first epoch."""
+        return self._skipped_earlier + sum(self.positions) - sum(self.delivered)
 
     def __len__(self) -> int:
         """Samples that this rank's workers are to read in an epoch."""
         return sum(end - start for start, end in map(self._stretch, range(self.reading.workers)))
 
-    def next_epoch(self) -> None:
+    def _end_epoch(self) -> None:
+        self._skipped_earlier += len(self) - sum(self.delivered)
         self.epoch += 1
         self.positions = [0] * self.reading.workers
         self.delivered = [0] * self.reading.workers
@@ -250,7 +250,7 @@ class ShardReader(webdataset.DataPipeline):
         After a restart the turn goes on where it was, as long as no sample was left out.
         """
         self._first_worker = self.delivered.index(min(self.delivered))
-        loader = DataLoader(
+        loader: DataLoader[dict[str, Any]] = DataLoader(
             self,
             batch_size=None,
             num_workers=self.reading.workers,
@@ -261,7 +261,7 @@ class ShardReader(webdataset.DataPipeline):
             self.positions[sample["__worker__"]] = sample["__position__"]
             self.delivered[sample["__worker__"]] += 1
             yield sample
-        self.next_epoch()
+        self._end_epoch()
 
     def _identity(self) -> dict[str, Any]:
         content = "\n".join(f"{row.name} {row.samples} {row.sha256}" for row in self.rows)
@@ -355,7 +355,7 @@ class ShardReader(webdataset.DataPipeline):
             self.delivered[worker] += 1
             yield sample | {"__worker__": worker, "__position__": position}
         if self.reading.workers == 1:
-            self.next_epoch()
+            self._end_epoch()
 
     def _leave_out(self, error: ShardError) -> None:
         if error not in self.damage:
@@ -365,7 +365,7 @@ class ShardReader(webdataset.DataPipeline):
 
 def _uniform(count: int, *stream: str | int) -> numpy.ndarray:
     """Uniform numbers in [0, 1) of a named stream, from Philox's raw bits, which no version of numpy changes."""
-    seed = hashlib.sha256(repr(stream).encode()).digest()[:16]
+    seed = hashlib.sha256(" ".join(map(str, stream)).encode()).digest()[:16]
     bits = numpy.random.Philox(key=int.from_bytes(seed, "little")).random_raw(count)
     return (bits >> numpy.uint64(11)) * 2.0**-53
 
@@ -399,10 +399,10 @@ def verify(storage: Storage) -> list[Finding]:
     """
     info = read_dataset(storage)
     rows = {row.name: row for row in read_manifest(storage)}
-    tars = _tars(storage)
+    tars = tar_names(storage)
     problems = [Finding(name, "missing: the manifest lists it") for name in sorted(rows.keys() - tars)]
     problems += [Finding(name, "extra: not in the manifest") for name in sorted(tars - rows.keys())]
-    problems += [Finding(name, "missing: no such shard was made") for name in _gaps(rows.keys() | tars)]
+    problems += [Finding(name, "missing: no such shard was made") for name in missing_between(rows.keys() | tars)]
     with ThreadPoolExecutor(_SCANNERS) as scanners:
         names = sorted(rows.keys() & tars)
         for found in scanners.map(lambda name: _verify_shard(storage, rows[name], info), names):
@@ -415,73 +415,45 @@ def repair(storage: Storage) -> Repair:
 
     A shard whose bytes are not those of its record, or of its old row, is damaged, even if it can be read.
     """
-    info = read_dataset(storage)
-    try:
-        known = {row.name: row for row in read_manifest(storage)}
-    except (FileNotFoundError, ValueError):
-        known = {}
-    recorded = {tar_name(e.name) for e in storage.entries() if shard_index(e.name) is not None and ".json" in e.name}
-    tars = _tars(storage)
-    lost = (known.keys() | recorded) - tars
-    problems = [Finding(name, "missing: it was made, its tar is gone") for name in sorted(lost)]
-    problems += [Finding(name, "missing: no such shard was made") for name in _gaps(known.keys() | recorded | tars)]
+    info, known, tars = read_dataset(storage), _known_rows(storage), tar_names(storage)
+    made = known.keys() | recorded_names(storage)
+    problems = [Finding(name, "missing: it was made, its tar is gone") for name in sorted(made - tars)]
+    problems += [Finding(name, "missing: no such shard was made") for name in missing_between(made | tars)]
     rows = []
     for name in sorted(tars):
-        evidence = read_sound_record(storage, name) or known.get(name)
         row, damage = _scan(storage, name, info)
+        evidence = read_sound_record(storage, name) or known.get(name)
         if evidence and evidence.sha256 != row.sha256:
             damage.append(Finding(name, "damaged: its sha256 is not the one it was made with"))
-        if damage:
-            problems += damage
-            continue
-        origin = {"quarantined": evidence.quarantined, "fingerprint": evidence.fingerprint} if evidence else {}
-        rows.append(row.model_copy(update=origin))
+        elif evidence:
+            origin = {"quarantined": evidence.quarantined, "fingerprint": evidence.fingerprint}
+            row = row.model_copy(update=origin)
+        problems += damage
+        rows += [] if damage else [row]
     write_manifest(storage, rows)
     return Repair(rows, problems)
 
 
-def _tars(storage: Storage) -> set[str]:
-    return {e.name for e in storage.entries() if shard_index(e.name) is not None and e.name.endswith(".tar")}
-
-
-def _gaps(names: Collection[str]) -> list[str]:
-    numbers = {index for name in names if (index := shard_index(name)) is not None}
-    return [shard_name(i) for i in range(max(numbers, default=-1) + 1) if i not in numbers]
-
-
-class _Hashed:
-    """A file read from beginning to end, hashed on the way."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file, self._hash, self.bytes = file, hashlib.sha256(), 0
-
-    def read(self, size: int) -> bytes:
-        data = self._file.read(size)
-        self._hash.update(data)
-        self.bytes += len(data)
-        return data
-
-    def seek(self, offset: int, whence: int) -> int:
-        raise AssertionError("a hashed file is read without gaps")
-
-    def sha256(self) -> str:
-        while self.read(1 << 20):
-            pass
-        return self._hash.hexdigest()
+def _known_rows(storage: Storage) -> dict[str, ManifestRow]:
+    """The rows of the manifest that is there; none when it is gone or damaged."""
+    try:
+        return {row.name: row for row in read_manifest(storage)}
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def _scan(storage: Storage, name: str, info: DatasetInfo) -> tuple[ManifestRow, list[Finding]]:
     """A shard's row as its bytes tell it, and what is wrong with its samples, in one reading."""
     where, keys, problems = storage.where(name), [""], []
     with storage.open_input(name) as file:
-        hashed = _Hashed(file)
+        hashed = HashedInput(file)
         try:
             for _, key, fields in read_samples(hashed, where):
                 problems += [Finding(name, reason) for reason in _sample_problems(where, keys[-1], key, fields, info)]
                 keys.append(key)
         except ShardError as error:
             problems.append(Finding(name, f"{error.key}: {error.reason}" if error.key else error.reason))
-        sha256 = hashed.sha256()
+        sha256 = hashed.drain()
     first, last = (keys[1], keys[-1]) if keys[1:] else ("", "")
     row = ManifestRow(
         name=name, samples=len(keys) - 1, bytes=hashed.bytes, sha256=sha256, first_key=first, last_key=last

@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, cast
+from typing import BinaryIO
 from urllib.parse import urlsplit, urlunsplit
 
 import pyarrow
@@ -77,6 +77,28 @@ class Staged:
         self.path.unlink(missing_ok=True)
 
 
+class HashedInput:
+    """A file that is read from beginning to end, and hashed on the way."""
+
+    def __init__(self, file: io.BufferedReader) -> None:
+        self._file, self._hash, self.bytes = file, hashlib.sha256(), 0
+
+    def read(self, size: int, /) -> bytes:
+        data = self._file.read(size)
+        self._hash.update(data)
+        self.bytes += len(data)
+        return data
+
+    def seek(self, offset: int, whence: int, /) -> int:
+        raise AssertionError("what is hashed is read without gaps")
+
+    def drain(self) -> str:
+        """Read what is left; returns the hash of the whole file."""
+        while self.read(BLOCK):
+            pass
+        return self._hash.hexdigest()
+
+
 class Storage(ABC):
     """A folder of named files. `uri` is for messages and bears no credentials; instances may be pickled.
 
@@ -114,25 +136,25 @@ class Storage(ABC):
         with self.open_input(name) as file, clear_errors(self.where(name)):
             return file.read()
 
-    def open_input(self, name: str) -> BinaryIO:
+    def open_input(self, name: str) -> io.BufferedReader:
         """A seekable file for reading; reads of over `BLOCK` bytes go straight to the caller's memory."""
         with clear_errors(self.where(name)):
             raw = self._filesystem.open_input_file(self._path(name))
-            return cast(BinaryIO, io.BufferedReader(raw, BLOCK))
+            return io.BufferedReader(raw, BLOCK)
 
     def entries(self, folder: str = "") -> list[Entry]:
         """The files directly in a folder, sorted by name, less temporaries; none when there is no folder."""
         return [entry for entry in self._all_entries(folder) if not _is_temporary(entry.name)]
 
     def exists(self, name: str) -> bool:
-        return self._info(name).type == fs.FileType.File
+        return bool(self._info(name).type == fs.FileType.File)
 
     def size(self, name: str) -> int:
         """Bytes of a file."""
         info = self._info(name)
         if info.type != fs.FileType.File:
             raise FileNotFoundError(f"{self.where(name)}: no such file")
-        return info.size
+        return int(info.size)
 
     def sha256(self, name: str) -> str:
         """The hash of a file's bytes, in hexadecimal digits."""
@@ -218,9 +240,13 @@ class Storage(ABC):
             return self._filesystem.get_file_info(self._path(name))
 
     def _all_entries(self, folder: str) -> list[Entry]:
-        selector = fs.FileSelector(self._path(folder) if folder else self._root, allow_not_found=True)
+        # Not `allow_not_found`: with it a bucket that does not exist looks empty.
+        selector = fs.FileSelector(self._path(folder) if folder else self._root)
         with clear_errors(self.where(folder)):
-            infos = self._filesystem.get_file_info(selector)
+            try:
+                infos = self._filesystem.get_file_info(selector)
+            except FileNotFoundError:
+                return []
         files = [info for info in infos if info.type == fs.FileType.File]
         entries = [Entry(info.base_name, info.size, info.mtime_ns / 1e9) for info in files]
         return sorted(entries, key=lambda entry: entry.name)
@@ -231,7 +257,7 @@ class LocalStorage(Storage):
 
     def __init__(self, address: str) -> None:
         path = Path(address.removeprefix("file://")).expanduser().absolute()
-        super().__init__(address, str(path), fs.LocalFileSystem(), str(path))
+        super().__init__(str(path), str(path), fs.LocalFileSystem(), str(path))
 
     def _staging_folder(self, name: str) -> Path:
         folder = Path(self._path(name)).parent

@@ -19,7 +19,7 @@ COMMANDS = {
     "sprites": "Look at the embedded video world; grade models and videos in it.",
     "pretrain": "Train a tiny VAE, text encoder and teacher on the sprites world.",
 }
-USER_ERRORS = (ValueError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError)
+USER_ERRORS = (ValueError, OSError)
 
 app = typer.Typer(name="reelway", no_args_is_help=True, add_completion=False)
 
