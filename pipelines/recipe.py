@@ -51,15 +51,24 @@ class ReconstructionRecipe(Strict):
     kl_weight: Annotated[float, Field(ge=0)] = 1e-6
 
 
+class VAEPhaseRecipe(Strict):
+    """A stretch of the VAE's training, which begins with the averaged weights of the one before.
+
+    Short clips teach quickly; a last phase on long ones is needed, or quality falls where the short ones ended.
+    """
+
+    steps: Positive
+    batch: Positive
+    clip_frames: Positive
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+
+
 class VAERecipe(Strict):
     """`AutoencoderKLWan`'s shape and its training. Field names of `network` are diffusers'."""
 
     network: dict[str, Any]
     loss: ReconstructionRecipe = ReconstructionRecipe()
-    steps: Positive = 3000
-    batch: Positive = 8
-    clip_frames: Positive = 17
-    optimizer: OptimizerRecipe = OptimizerRecipe()
+    phases: Annotated[list[VAEPhaseRecipe], Field(min_length=1)]
 
 
 class TeacherRecipe(Strict):

@@ -136,18 +136,24 @@ def agreement(path: Path, sprite: Sprite) -> float:
 
 
 def _whole_agreement(path: Path, sprite: Sprite) -> float:
+    how, speed = manner(path, sprite.motion)
     if sprite.motion == "still":
-        return 1 - movement(path)
-    if sprite.motion == "circling":
-        manner, speed = circling(path)
-    elif sprite.motion == "bouncing":
-        manner, speed = bouncing(path)
-    elif sprite.motion == "diagonal":
+        return how
+    return how * (1 + speed_agreement(speed, SPEEDS[sprite.speed])) / 2
+
+
+def manner(path: Path, motion: str) -> tuple[float, float]:
+    """Return how well a path is of one of the world's motions, whatever its speed, and that speed."""
+    if motion == "still":
+        return 1 - movement(path), 0.0
+    if motion == "circling":
+        return circling(path)
+    if motion == "bouncing":
+        return bouncing(path)
+    if motion == "diagonal":
         ways = [np.array([x, y]) * np.sqrt(0.5) for x in (-1, 1) for y in (-1, 1)]
-        manner, speed = max(gliding(path, way) for way in ways)
-    else:
-        manner, speed = gliding(path, np.array(DIRECTIONS[sprite.motion]))
-    return manner * (1 + speed_agreement(speed, SPEEDS[sprite.speed])) / 2
+        return max(gliding(path, way) for way in ways)
+    return gliding(path, np.array(DIRECTIONS[motion]))
 
 
 def speed_agreement(speed: float, wanted: float) -> float:

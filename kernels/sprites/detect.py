@@ -61,6 +61,12 @@ def to_unit(video: NDArray[np.uint8]) -> Array:
     return np.multiply(video, np.float32(1 / 255), dtype=np.float32)
 
 
+def squared(gaps: Array) -> Array:
+    """Return the squared lengths [...] of colour differences [..., 3]."""
+    lengths: Array = np.einsum("...c,...c->...", gaps, gaps)
+    return lengths
+
+
 def heights(size: int) -> Array:
     """Return the middle of every row, in frame heights, float32 [size]."""
     return ((np.arange(size) + 0.5) / size).astype(np.float32)
@@ -73,9 +79,9 @@ def palette_grounds() -> dict[tuple[str, bool], tuple[Array, Array]]:
     """Return the colours at the upper and lower edge of every ground of the world, by (name, gradient)."""
     ends: dict[tuple[str, bool], tuple[Array, Array]] = {}
     for name, color in GROUNDS.items():
-        top = np.array(color, np.float32) / 255
-        ends[name, False] = top, top
-        ends[name, True] = top, np.array(GRADIENT_ENDS[name], np.float32) / 255
+        top = np.array(color, np.float32) / np.float32(255)
+        bottom = np.array(GRADIENT_ENDS[name], np.float32) / np.float32(255)
+        ends[name, False], ends[name, True] = (top, top), (top, bottom)
     return ends
 
 
@@ -118,13 +124,13 @@ def _median_line(pixels: Array, share: Array) -> tuple[Array, Array]:
 
 
 def _robust_cost(pixels: Array, share: Array, top: Array, bottom: Array) -> float:
-    square = np.square(pixels - _line(share, top, bottom)).sum(axis=-1)
+    square = squared(pixels - _line(share, top, bottom))
     return float(np.minimum(square, np.float32(0.02)).mean())
 
 
 def _reweighted(pixels: Array, share: Array, top: Array, bottom: Array) -> tuple[Array, Array]:
     """One step of least squares for the line, under weights that fall with the present residual."""
-    square = np.square(pixels - _line(share, top, bottom)).sum(axis=-1)
+    square = squared(pixels - _line(share, top, bottom))
     weight = 1 / np.square(1 + square / np.float32(3 * GROUND_SCALE**2))
     rows = weight.sum(axis=(0, 2)).astype(np.float64)
     colors = np.einsum("fhw,fhwc->hc", weight, pixels).astype(np.float64)

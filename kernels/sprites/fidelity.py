@@ -43,7 +43,8 @@ def random_filters() -> torch.Tensor:
     still, moving = torch.tensor([1.0, 1.0, 1.0]), torch.tensor([-1.0, 0.0, 1.0])
     sees_change = (torch.arange(FEATURES) % 2 == 1).view(-1, 1, 1, 1, 1)
     filters = torch.where(sees_change, wide * moving.view(1, 1, 3, 1, 1), detail * still.view(1, 1, 3, 1, 1))
-    return filters / torch.linalg.vector_norm(filters, dim=(1, 2, 3, 4), keepdim=True)
+    norms: torch.Tensor = torch.linalg.vector_norm(filters, dim=(1, 2, 3, 4), keepdim=True)
+    return filters / norms
 
 
 def features(videos: Iterable[Video]) -> Array:

@@ -77,11 +77,6 @@ class Findings:
     ground: Ground
     sprites: tuple[Sprite, ...]
 
-    @property
-    def above(self) -> Array:
-        """Frames minus ground [F, H, W, 3]."""
-        return self.frames - self.ground.image - self.ground.offsets[:, None, None]
-
 
 def find(video: NDArray[np.uint8], count: int, *, level: int) -> Findings:
     """Find up to `count` sprites in a video [F, H, W, 3]. From level 3 on, edges may cut sprites off."""
@@ -242,7 +237,7 @@ def _gain(view: _View, placed: list[Rough], looks: list[Look], index: int, rows:
     """
     frames = view.frames[rows]
     own = fit.color_costs(frames, looks[index].colors)
-    rest = np.square(view.above[rows]).sum(axis=-1)
+    rest = detect.squared(view.above[rows])
     gain = rest - own
     for other in range(len(placed)):
         if other != index:

@@ -11,6 +11,7 @@ from functools import cache
 import numpy as np
 from numpy.typing import NDArray
 
+from .detect import squared
 from .render import distance
 from .scene import SHAPES, SIZES
 
@@ -221,14 +222,14 @@ def two_colors(pixels: Array, weight: Array) -> Array:
 
 def color_costs(pixels: Array, colors: Array) -> Array:
     """Return squared distances of pixels [..., 3] to the nearer of two colours [2, 3]."""
-    costs: Array = np.minimum(np.square(pixels - colors[0]).sum(axis=-1), np.square(pixels - colors[1]).sum(axis=-1))
+    costs: Array = np.minimum(squared(pixels - colors[0]), squared(pixels - colors[1]))
     return costs
 
 
 def frame_colors(piece: Cut, mask: Array, colors: Array) -> tuple[Array, Array]:
     """Return each frame's own two colours [F, 2, 3] and their shares [F, 2] near a clip's two colours."""
     weight = piece.weight * mask
-    gaps = np.stack([np.square(piece.pixels - color).sum(axis=-1) for color in colors], -1)
+    gaps = np.stack([squared(piece.pixels - color) for color in colors], -1)
     leaning = np.exp(-(gaps - gaps.min(axis=-1, keepdims=True)) / (2 * COLOR_SPREAD**2))
     leaning = leaning / leaning.sum(axis=-1, keepdims=True) * weight[..., None]
     amounts = leaning.sum(axis=(1, 2))

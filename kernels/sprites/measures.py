@@ -14,7 +14,7 @@ Bools = NDArray[np.bool_]
 
 FLICKER_BLOCK, FLICKER_SCALE = 16, 0.08  # blocks per side; change per frame that halves the score
 DRIFT_BLOCK, DRIFT_SCALE, DRIFT_FRAMES = 8, 0.08, 8
-LOOK_CELLS, LOOK_FREE, LOOK_SCALE = 7, 0.025, 0.15  # cells per side; change of colour that is still free
+LOOK_CELLS, LOOK_FREE, LOOK_SCALE = 7, 0.025, 0.12  # cells per side; change of colour that is still free
 ERROR_FREE, ERROR_SCALE = 0.01, 0.08  # of the root mean square error about a sprite or of the ground
 RENDERED_FRAMES = 16  # frames that a sprite's texture and colours are taken from
 
@@ -173,7 +173,7 @@ def imaging_quality(found: Findings, free: Array, sprites: tuple[Sprite | None, 
     near: dict[int, Array] = {}
     for sprite in sorted(found.sprites, key=lambda each: each.depth):
         near[id(sprite)] = _draw(picture, found, level, ground.image, sprite, textured)
-    error = np.square(level - picture).mean(axis=-1)
+    error = detect.squared(level - picture) / np.float32(3)
     ground_score = _clearness(error, free)
     scores = [0.0 if one is None else _clearness(error, near[id(one)]) for one in sprites]
     return 0.5 * ground_score + 0.5 * sum(scores) / len(scores)

@@ -37,26 +37,26 @@ def share(kind: int, angle: Array | float, offset: Array | float, x: Array, y: A
     All arguments but `kind` and `radius` (pixels, for anti-aliasing) may be arrays that broadcast.
     """
     cosine, sine = np.cos(angle), np.sin(angle)
-    along, across = x * cosine + y * sine + offset, y * cosine - x * sine + offset
+    along = np.asarray(x * cosine + y * sine + offset, np.float32)
+    across = np.asarray(y * cosine - x * sine + offset, np.float32)
     if TEXTURES[kind] == "stripes":
         pattern = _stripe(along, PERIOD)
     elif TEXTURES[kind] == "checker":
         first, second = _stripe(along, 2 * PERIOD), _stripe(across, 2 * PERIOD)
         pattern = np.minimum(np.maximum(first, second), -np.minimum(first, second))
     else:
-        pattern = PERIOD / 4 - np.hypot(_from_middle(along, PERIOD), _from_middle(across, PERIOD))
+        away = np.hypot(_from_middle(along, PERIOD), _from_middle(across, PERIOD))
+        pattern = np.asarray(PERIOD / 4 - away, np.float32)
     shown: Array = np.clip(pattern * radius + 0.5, 0, 1).astype(np.float32)
     return shown
 
 
 def _from_middle(way: Array, period: float) -> Array:
-    gap: Array = (way % period) - period / 2
-    return gap
+    return np.asarray((way % period) - period / 2, np.float32)
 
 
 def _stripe(way: Array, period: float) -> Array:
-    edge: Array = period / 4 - np.abs(_from_middle(way, period))
-    return edge
+    return np.asarray(period / 4 - np.abs(_from_middle(way, period)), np.float32)
 
 
 def grid(window: int, radius: float) -> tuple[Array, Array]:

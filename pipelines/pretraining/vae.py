@@ -1,6 +1,8 @@
 """Stage 1: the tiny VAE, trained to reconstruct clips; then its latents are measured and normalised."""
 
 import json
+import shutil
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +17,36 @@ from .curves import plot_curve
 from .loop import train
 from .world import vae_batch
 
-STATISTICS_BATCHES = 16
+REPORT_EVERY = 500
+STATISTICS_BATCHES = 64
 
 
 def train_vae(recipe: PretrainRecipe, run: Path, device: str) -> None:
-    """Train in `run/vae` and write the normalised model to `run/model/vae`. Done already: nothing happens."""
+    """Train in `run/vae-<phase>` and write the normalised model to `run/model/vae`. Done already: nothing happens."""
     target = run / "model" / "vae"
     if target.exists():
         return
     torch.manual_seed(recipe.seed)
     vae = StreamingVAE.from_config(vae_config(recipe))
-    learner = VAELearner(vae, settings(recipe.vae.optimizer, recipe.vae.steps), recipe.vae.loss.model_dump(), device)
-    folder = run / "vae"
+    for phase in range(len(recipe.vae.phases)):
+        vae = _train_phase(recipe, run / f"vae-{phase + 1}", vae, phase, device)
+    _export(recipe, vae, target)
+
+
+def _train_phase(recipe: PretrainRecipe, folder: Path, vae: StreamingVAE, phase: int, device: str) -> StreamingVAE:
+    """Train on the phase's clips; returns the averaged weights."""
+    chosen = recipe.vae.phases[phase]
+    optimizer = settings(chosen.optimizer, chosen.steps)
+    learner = VAELearner(vae, optimizer, recipe.vae.loss.model_dump(), device)
 
     def report(step: int) -> None:
         plot_curve(folder, "psnr")
-        _sheet(recipe, learner, folder / f"sheet-{step:06d}.png")
+        _sheet(recipe, learner, phase, folder / f"sheet-{step:06d}.png")
 
-    train("vae", folder, learner, lambda step: vae_batch(recipe, step), recipe.vae.steps, every=(500, report))
-    _export(recipe, learner, target)
+    batches = partial(vae_batch, recipe, phase)
+    train(folder.name, folder, learner, batches, chosen.steps, every=(REPORT_EVERY, report))
+    average: Any = learner.engine.average
+    return StreamingVAE(average.vae.requires_grad_(True))
 
 
 def vae_config(recipe: PretrainRecipe) -> dict[str, Any]:
@@ -49,9 +62,10 @@ def settings(recipe: OptimizerRecipe, steps: int) -> OptimizerSettings:
 
 
 @torch.no_grad()
-def _sheet(recipe: PretrainRecipe, learner: VAELearner, path: Path) -> None:
+def _sheet(recipe: PretrainRecipe, learner: VAELearner, phase: int, path: Path) -> None:
     """Clips above their reconstructions."""
-    video = vae_batch(recipe, recipe.vae.steps + 1)[:4]
+    after = recipe.vae.phases[phase].steps + 1
+    video = torch.cat([vae_batch(recipe, phase, after + index) for index in range(4)])[:4]
     average: Any = learner.engine.average
     with learner.engine.autocast():
         mean, _ = average.encode_moments(to_pixels(video.to(learner.engine.device)))
@@ -62,28 +76,31 @@ def _sheet(recipe: PretrainRecipe, learner: VAELearner, path: Path) -> None:
 
 
 @torch.no_grad()
-def _export(recipe: PretrainRecipe, learner: VAELearner, target: Path) -> None:
-    """Write the averaged weights, with the mean and deviation of the latents of training clips in the config."""
-    average: Any = learner.engine.average
-    values = []
+def _export(recipe: PretrainRecipe, vae: StreamingVAE, target: Path) -> None:
+    """Write the weights, with the mean and deviation of the latents of training clips in the config."""
+    phase = len(recipe.vae.phases) - 1
+    device, values = next(vae.parameters()).device, []
     for batch in range(STATISTICS_BATCHES):
-        video = vae_batch(recipe, recipe.vae.steps + 2 + batch).to(learner.engine.device)
-        values.append(average.encode_moments(to_pixels(video))[0].float().transpose(1, 2).flatten(2))
-    channels = torch.cat(values, dim=2).transpose(0, 1).flatten(1)
+        video = vae_batch(recipe, phase, recipe.vae.phases[phase].steps + 8 + batch).to(device)
+        values.append(vae.encode_moments(to_pixels(video))[0].float().transpose(1, 2).flatten(2))
+    channels = torch.cat([value.transpose(0, 1).flatten(1) for value in values], dim=1)
     config = {
         **vae_config(recipe),
         "latents_mean": channels.mean(1).tolist(),
         "latents_std": channels.std(1).tolist(),
     }
     final = StreamingVAE.from_config(config)
-    final.load_state_dict(average.state_dict())
+    final.load_state_dict(vae.state_dict())
     temporary = target.with_name("vae.tmp")
-    final.vae.to(dtype=torch.bfloat16).save_pretrained(temporary)
-    _keep_float_config(temporary / "config.json", config)
+    final.to(torch.bfloat16)
+    final.vae.save_pretrained(temporary)
+    _finish_config(temporary / "config.json", config)
     temporary.replace(target)
 
 
-def _keep_float_config(path: Path, config: dict[str, Any]) -> None:
+def _finish_config(path: Path, config: dict[str, Any]) -> None:
+    for file in path.parent.glob("*.safetensors"):  # safetensors writes files that only their owner reads
+        shutil.copymode(path, file)
     content = json.loads(path.read_text())
     content.update({key: config[key] for key in ("latents_mean", "latents_std")})
     path.write_text(json.dumps(content, indent=2) + "\n")

@@ -20,15 +20,15 @@ def clip(recipe: PretrainRecipe, index: int) -> tuple[str, np.ndarray]:
     return caption(scene, seed), render(scene, seed, world.frames, level=world.level, size=world.size)
 
 
-def vae_batch(recipe: PretrainRecipe, step: int) -> Tensor:
+def vae_batch(recipe: PretrainRecipe, phase: int, step: int) -> Tensor:
     """uint8 [B, T, H, W, 3]: clips of every level, so that one VAE serves all."""
-    clips = []
-    for row in range(recipe.vae.batch):
-        index = step * recipe.vae.batch + row
+    settings, clips = recipe.vae.phases[phase], []
+    for row in range(settings.batch):
+        index = step * settings.batch + row
         level = LEVELS[index % len(LEVELS)]
-        seed = _seed(recipe, "vae", index)
+        seed = _seed(recipe, "vae" if phase == 0 else f"vae {phase}", index)
         scene = sample_scene("train", seed, level=level)
-        clips.append(render(scene, seed, recipe.vae.clip_frames, level=level, size=recipe.world.size))
+        clips.append(render(scene, seed, settings.clip_frames, level=level, size=recipe.world.size))
     return torch.from_numpy(np.stack(clips))
 
 

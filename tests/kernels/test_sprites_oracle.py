@@ -340,6 +340,16 @@ def test_agreement_falls_with_the_angle_and_with_the_speed() -> None:
     assert slower[-1] == pytest.approx(0.5, abs=0.02)
 
 
+def test_one_lost_or_repeated_frame_is_seen_and_a_clean_turn_is_not() -> None:
+    line = 0.1 + 0.03 * np.arange(24)[:, None] * np.array([[1.0, 0.0]])
+    turned = line.copy()
+    turned[12:] = line[12] + 0.03 * np.arange(12)[:, None] * np.array([[0.0, 1.0]])
+    assert agreement.smoothness(known_path(line)) > 0.999
+    assert agreement.smoothness(known_path(turned)) > 0.98
+    assert agreement.smoothness(known_path(np.delete(line, 12, axis=0))) < 0.93
+    assert agreement.smoothness(known_path(np.insert(line, 12, line[12], axis=0))) < 0.93
+
+
 def test_a_circle_is_fitted_through_a_noisy_arc() -> None:
     angles = np.linspace(0, 2.0, 40)
     points = np.array([0.4, 0.6]) + 0.15 * np.stack([np.cos(angles), np.sin(angles)], -1)

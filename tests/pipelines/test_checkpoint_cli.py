@@ -76,13 +76,9 @@ def test_import_gives_a_folder_that_diffusers_loads(reelway, foreign: Path, mode
     outcome = reelway("checkpoint", "import", foreign, tmp_path / "student")
     assert (outcome.code, outcome.err) == (0, "")
     assert outcome.out.strip() == str(tmp_path / "student" / "transformer")
-    loaded = WanTransformer3DModel.from_pretrained(
-        tmp_path / "student" / "transformer", torch_dtype=torch.bfloat16
-    )
+    loaded = WanTransformer3DModel.from_pretrained(tmp_path / "student" / "transformer", torch_dtype=torch.bfloat16)
     fp32 = {name for name, tensor in loaded.state_dict().items() if tensor.dtype == torch.float32}
-    expected = {
-        name: tensor.float() if name in fp32 else tensor for name, tensor in model.state_dict().items()
-    }
+    expected = {name: tensor.float() if name in fp32 else tensor for name, tensor in model.state_dict().items()}
     assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
     assert loaded.config.attention_head_dim == 64
 
@@ -95,9 +91,7 @@ def test_import_takes_the_network_that_is_asked_for(reelway, foreign: Path, mode
 
 @pytest.mark.parametrize("names", ["original", "diffusers"])
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
-def test_a_round_trip_keeps_every_bit(
-    reelway, foreign: Path, tmp_path: Path, suffix: str, names: str
-) -> None:
+def test_a_round_trip_keeps_every_bit(reelway, foreign: Path, tmp_path: Path, suffix: str, names: str) -> None:
     first, second, file = tmp_path / "first", tmp_path / "second", tmp_path / f"out.{suffix}"
     assert reelway("checkpoint", "import", foreign, first).code == 0
     assert reelway("checkpoint", "export", first, file, "--names", names).code == 0
@@ -111,9 +105,7 @@ def test_a_round_trip_keeps_every_bit(
         assert (second / "transformer" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_inspect_shows_the_networks_of_a_file_and_of_a_folder(
-    reelway, foreign: Path, model, tmp_path: Path
-) -> None:
+def test_inspect_shows_the_networks_of_a_file_and_of_a_folder(reelway, foreign: Path, model, tmp_path: Path) -> None:
     outcome = reelway("checkpoint", "inspect", foreign)
     assert outcome.code == 0
     parameters = f"{sum(tensor.numel() for tensor in model.parameters()):,}"
@@ -122,11 +114,7 @@ def test_inspect_shows_the_networks_of_a_file_and_of_a_folder(
         for text in ("tiny", parameters, "bfloat16", "original", "3 x 64"):
             assert text in row
     reelway("checkpoint", "import", foreign, tmp_path)
-    row = next(
-        line
-        for line in reelway("checkpoint", "inspect", tmp_path).out.splitlines()
-        if "│ transformer " in line
-    )
+    row = next(line for line in reelway("checkpoint", "inspect", tmp_path).out.splitlines() if "│ transformer " in line)
     assert "diffusers" in row
     assert "tiny" in row
 
@@ -177,9 +165,7 @@ def test_broken_files_give_one_line_and_leave_nothing(reelway, foreign: Path, tm
     sources.mkdir()
     for path, message in _broken_files(foreign, sources).items():
         assert_refused(reelway("checkpoint", "import", path, target / "student"), str(path), message)
-        assert_refused(
-            reelway("checkpoint", "inspect", path), str(path), message.removesuffix(" checkpoint file")
-        )
+        assert_refused(reelway("checkpoint", "inspect", path), str(path), message.removesuffix(" checkpoint file"))
         assert not target.exists()
     assert_refused(reelway("checkpoint", "export", sources, target / "out.pt"), str(sources))
     assert not target.exists()

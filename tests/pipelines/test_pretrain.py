@@ -19,9 +19,7 @@ SMALL = [
     "pretrain.world.size=16",
     "pretrain.world.frames=9",
     "pretrain.vae.network.base_dim=8",
-    "pretrain.vae.steps=4",
-    "pretrain.vae.batch=2",
-    "pretrain.vae.clip_frames=5",
+    "pretrain.vae.phases=[{steps: 4, batch: 2, clip_frames: 5}, {steps: 2, batch: 1, clip_frames: 9}]",
     "pretrain.teacher.clips=6",
     "pretrain.teacher.steps=6",
     "pretrain.teacher.batch=4",
@@ -47,7 +45,7 @@ def test_diffusers_pipeline_runs_the_model(run: Path) -> None:
 
 
 def test_curves_have_every_step(run: Path) -> None:
-    for stage, steps in (("vae", 4), ("teacher", 6)):
+    for stage, steps in (("vae-1", 4), ("vae-2", 2), ("teacher", 6)):
         rows = read_curve(run / stage / "curve.jsonl")
         assert [row["step"] for row in rows] == list(range(steps))
         assert all(row["gradient_norm"] > 0 for row in rows)
@@ -75,7 +73,7 @@ def test_interrupted_run_ends_with_the_weights_of_the_undisturbed_one(
         with pytest.raises(KeyboardInterrupt):
             job.pretrain(recipe(), tmp_path / "run", stages=set(job.Stage))
     job.pretrain(recipe(), tmp_path / "run", stages=set(job.Stage))
-    for stage in ("vae", "teacher"):
+    for stage in ("vae-1", "vae-2", "teacher"):
         saved, expected = (
             torch.load(folder / stage / "checkpoint.pt", weights_only=True)["learner"]["network"]
             for folder in (tmp_path / "run", run)
@@ -94,7 +92,7 @@ def test_a_given_vae_is_not_trained_again(run: Path, tmp_path: Path) -> None:
     assert CliRunner().invoke(job.app, ["--recipe", str(RECIPE), *arguments]).exit_code == 0
     weights = "diffusion_pytorch_model.safetensors"
     assert (tmp_path / "model/vae" / weights).read_bytes() == (run / "model/vae" / weights).read_bytes()
-    assert not (tmp_path / "vae").exists()
+    assert not (tmp_path / "vae-1").exists()
 
 
 def test_resolved_recipe_is_beside_the_result(run: Path) -> None:
