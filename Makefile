@@ -23,7 +23,7 @@ test-slow: .venv/ready  ## The tests that take minutes.
 lint: .venv/ready
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
-	$(BIN)/mypy --strict -p reelway.kernels
+	MYPYPATH=.venv/src $(BIN)/mypy --strict -p reelway.kernels
 
 format: .venv/ready  ## Format and fix what can be fixed.
 	$(BIN)/ruff format .
@@ -35,6 +35,7 @@ format: .venv/ready  ## Format and fix what can be fixed.
 	$(BIN)/pip install --quiet --upgrade pip
 	$(BIN)/pip install --quiet -c constraints.txt torch setuptools
 	$(BIN)/pip install --quiet -c constraints.txt -e '.[dev]'
+	mkdir -p .venv/src && ln -sfn ../.. .venv/src/reelway  # for mypy, which does not follow editable installs
 	touch $@
 
 clean:  ## Remove the environment and caches (not runs/ and demo/).

@@ -33,9 +33,7 @@ def euler_sample(velocity: Velocity, noise: Tensor, grid: Sequence[float]) -> Te
     return end.to(noise.dtype)
 
 
-def euler_trajectory(
-    velocity: Velocity, noise: Tensor, grid: Sequence[float], record: Sequence[float]
-) -> Tensor:
+def euler_trajectory(velocity: Velocity, noise: Tensor, grid: Sequence[float], record: Sequence[float]) -> Tensor:
     """The Euler path's states at the timesteps `record`: [K, B, F, C, H, W], noise to clean, fp32 or fp64.
 
     The training data of ODE initialisation (CausVid, arXiv 2412.07772, section 4.3): `record` holds the
@@ -63,9 +61,7 @@ def recording_grid(record: Sequence[float], minimum_steps: int, shift: float) ->
     )
 
 
-def few_step_sample(
-    velocity: Velocity, noise: Tensor, timesteps: Sequence[float], fresh_noise: FreshNoise
-) -> Tensor:
+def few_step_sample(velocity: Velocity, noise: Tensor, timesteps: Sequence[float], fresh_noise: FreshNoise) -> Tensor:
     """Stochastic consistency sampling: predict x0, noise it again to the next timestep; the last x0.
 
     The sampler of a distilled student (CausVid, arXiv 2412.07772, Algorithm 2; consistency models, arXiv

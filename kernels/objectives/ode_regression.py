@@ -58,19 +58,13 @@ def _gather_states(
     states = indices.to(device).repeat_interleave(sizes, dim=1)
     samples = torch.arange(states.shape[0], device=device)[:, None]
     frames = torch.arange(states.shape[1], device=device)[None, :]
-    levels = torch.tensor(
-        timesteps, dtype=torch.promote_types(trajectory.dtype, torch.float32), device=device
-    )
+    levels = torch.tensor(timesteps, dtype=torch.promote_types(trajectory.dtype, torch.float32), device=device)
     return trajectory[samples, states, frames], levels[states]
 
 
-def _check(
-    trajectory: Tensor, timesteps: Sequence[float], indices: Tensor, block_sizes: Sequence[int]
-) -> None:
+def _check(trajectory: Tensor, timesteps: Sequence[float], indices: Tensor, block_sizes: Sequence[int]) -> None:
     if len(timesteps) != trajectory.shape[1]:
-        raise ValueError(
-            f"trajectory: {trajectory.shape[1]} states, but {len(timesteps)} timesteps {list(timesteps)}"
-        )
+        raise ValueError(f"trajectory: {trajectory.shape[1]} states, but {len(timesteps)} timesteps {list(timesteps)}")
     falling = all(later < earlier for earlier, later in pairwise(timesteps))
     if timesteps[-1] != 0 or not falling:
         raise ValueError(f"timesteps: must fall strictly and end at 0, got {list(timesteps)}")

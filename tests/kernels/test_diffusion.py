@@ -84,9 +84,7 @@ class TestSchedule:
                 expected[b, f] = (1 - s) * clean[b, f] + s * eps[b, f]
         noisy = schedule.add_noise(clean, eps, levels)
         torch.testing.assert_close(noisy, expected, rtol=1e-15, atol=1e-15)
-        torch.testing.assert_close(
-            schedule.velocity_to_clean(eps - clean, noisy, levels), clean, rtol=0, atol=1e-14
-        )
+        torch.testing.assert_close(schedule.velocity_to_clean(eps - clean, noisy, levels), clean, rtol=0, atol=1e-14)
         levels[0, 0] = 5.0
         noisy = schedule.add_noise(clean, eps, levels)
         back = schedule.clean_to_velocity(clean, noisy, levels)
@@ -113,12 +111,8 @@ class TestSchedule:
         with pytest.raises(ValueError, match="undefined at t = 0"):
             schedule.clean_to_velocity(clean, noisy, ends)
 
-    @pytest.mark.parametrize(
-        ("shift", "median", "high", "clamped"), [(8, 889, 0.47, 0.14), (5, 833, 0.36, 0.09)]
-    )
-    def test_training_timesteps_statistics(
-        self, shift: float, median: int, high: float, clamped: float
-    ) -> None:
+    @pytest.mark.parametrize(("shift", "median", "high", "clamped"), [(8, 889, 0.47, 0.14), (5, 833, 0.36, 0.09)])
+    def test_training_timesteps_statistics(self, shift: float, median: int, high: float, clamped: float) -> None:
         levels = schedule.sample_timesteps((200, 1000), shift, generator())
         assert levels.shape == (200, 1000)
         assert levels.min() >= 20
@@ -219,12 +213,8 @@ class TestRecordingGrid:
     def test_shift_trap_is_an_error(self) -> None:
         """48 steps of shift 8 hold 960 where the shift-5 student means 937.5."""
         record = [*schedule.warp(STUDENT, 5.0), 0.0]
-        with pytest.raises(
-            ValueError, match=r"does not hold \[937.5, 833.3333, 625\]; nearest grid values: \[93"
-        ):
-            sampler.euler_trajectory(
-                exact_velocity, torch.ones(1, *SHAPE), schedule.timesteps(48, 8.0), record
-            )
+        with pytest.raises(ValueError, match=r"does not hold \[937.5, 833.3333, 625\]; nearest grid values: \[93"):
+            sampler.euler_trajectory(exact_velocity, torch.ones(1, *SHAPE), schedule.timesteps(48, 8.0), record)
 
     def test_48_steps_hold_the_student_of_the_same_shift(self) -> None:
         record = [*schedule.warp(STUDENT, 5.0), 0.0]
@@ -239,9 +229,7 @@ class TestRecordingGrid:
 
     def test_rounded_list_has_no_grid(self) -> None:
         """CausVid's 757 is 756.757 on its 50-step grid of shift 8."""
-        with pytest.raises(
-            ValueError, match=r"holds \[1000, 757, 522, 0\]; nearest grid values: \[1000, 756.756"
-        ):
+        with pytest.raises(ValueError, match=r"holds \[1000, 757, 522, 0\]; nearest grid values: \[1000, 756.756"):
             sampler.recording_grid([1000, 757, 522, 0], 50, 8.0)
         exact = [1000, 1000 * 8 * 0.28 / (1 + 7 * 0.28), 1000 * 8 * 0.12 / (1 + 7 * 0.12), 0]
         assert len(sampler.recording_grid(exact, 50, 8.0)) == 51
@@ -249,9 +237,7 @@ class TestRecordingGrid:
     @pytest.mark.parametrize("record", [[0.0, 1000.0], [1000.0, 1000.0], [1000.0, -1.0], []])
     def test_record_must_fall(self, record: list[float]) -> None:
         with pytest.raises(ValueError, match="record: timesteps must fall strictly"):
-            sampler.euler_trajectory(
-                exact_velocity, torch.ones(1, *SHAPE), schedule.timesteps(4, 5.0), record
-            )
+            sampler.euler_trajectory(exact_velocity, torch.ones(1, *SHAPE), schedule.timesteps(4, 5.0), record)
 
 
 class TestFewStep:
@@ -292,9 +278,7 @@ class TestFewStep:
 
     def test_list_with_a_zero_is_an_error(self) -> None:
         with pytest.raises(ValueError, match=r"ends above 0, got \[1000, 500, 0\]"):
-            sampler.few_step_sample(
-                exact_velocity, torch.ones(1, *SHAPE), [1000, 500, 0], lambda _, like: like
-            )
+            sampler.few_step_sample(exact_velocity, torch.ones(1, *SHAPE), [1000, 500, 0], lambda _, like: like)
 
     def test_a_sample_is_the_same_in_any_batch(self) -> None:
         keys = [SampleKey(3, prompt, 0) for prompt in ("a", "b", "c")]

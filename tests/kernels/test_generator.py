@@ -42,16 +42,12 @@ def prompt(seed: int = 0) -> TextContext:
     return TextContext.fold([torch.randn(5, 16, generator=torch.Generator().manual_seed(seed))])
 
 
-def stream(
-    settings: StudentSettings, model: VideoTransformer | None = None, streams: int = 1
-) -> ChunkGenerator:
+def stream(settings: StudentSettings, model: VideoTransformer | None = None, streams: int = 1) -> ChunkGenerator:
     keys = [SampleKey(0, "a prompt", index) for index in range(streams)]
     return ChunkGenerator(model or network(), settings, prompt(), keys, SIZE)
 
 
-def cached_forward(
-    model: VideoTransformer, latents: Tensor, sizes: list[int], window: int, sink: int
-) -> Tensor:
+def cached_forward(model: VideoTransformer, latents: Tensor, sizes: list[int], window: int, sink: int) -> Tensor:
     shape = CacheShape(CONFIG, len(latents), *SIZE, window, sink, latents.dtype)
     cache, outputs = KVCache(shape), []
     for block in latents.split(sizes, dim=1):
@@ -200,9 +196,7 @@ def test_ten_thousand_frames_in_flat_memory_with_finite_values() -> None:
     torch.manual_seed(0)
     model = VideoTransformer(config).requires_grad_(False)
     settings = StudentSettings(block=10, timesteps=(1000.0,), window=30, sink=10)
-    generator = ChunkGenerator(
-        model, settings, TextContext.fold([torch.randn(2, 8)]), [SampleKey(0, "", 0)], (2, 2)
-    )
+    generator = ChunkGenerator(model, settings, TextContext.fold([torch.randn(2, 8)]), [SampleKey(0, "", 0)], (2, 2))
     for _ in range(100):
         generator.next_block()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -270,9 +264,7 @@ def test_video_to_video_starts_from_the_noised_source() -> None:
     assert (strong - source).abs().mean() > 0.1
     with pytest.raises(ValueError, match="without a source they must begin at 1000"):
         generator.next_block(timesteps=(800.0,))
-    with pytest.raises(
-        ValueError, match=r"a block of shape \(1, 3, 4, 4, 4\) is expected, got \(1, 2, 4, 4, 4\)"
-    ):
+    with pytest.raises(ValueError, match=r"a block of shape \(1, 3, 4, 4, 4\) is expected, got \(1, 2, 4, 4, 4\)"):
         generator.next_block(source[:, :2], timesteps=(800.0,))
 
 

@@ -147,9 +147,7 @@ class TestOdeRegression:
     def test_all_clean_is_a_zero_with_a_gradient(self) -> None:
         scale = torch.tensor(2.0, dtype=torch.float64, requires_grad=True)
         clean = torch.full((2, 3), 4)
-        result = ode_regression_loss(
-            lambda x, _: scale * x, self.trajectory(), self.levels, clean, self.sizes
-        )
+        result = ode_regression_loss(lambda x, _: scale * x, self.trajectory(), self.levels, clean, self.sizes)
         assert result.loss == 0
         (gradient,) = torch.autograd.grad(result.loss, scale)
         assert gradient == 0
@@ -224,9 +222,7 @@ class TestDmd:
         undone = at_clean * clean.numel() * result.normaliser[:, None, None, None, None] * (1 - s) ** 2 / s**2
         ours = torch.autograd.grad(clean, (a, b), undone / count)
         eye = s**2 * torch.eye(DIM, dtype=torch.float64)
-        kl = gaussian_kl(
-            (1 - s) * b, (1 - s) ** 2 * a @ a.T + eye, (1 - s) * MEAN, (1 - s) ** 2 * COVARIANCE + eye
-        )
+        kl = gaussian_kl((1 - s) * b, (1 - s) ** 2 * a @ a.T + eye, (1 - s) * MEAN, (1 - s) ** 2 * COVARIANCE + eye)
         for found, expected in zip(ours, torch.autograd.grad(kl, (a, b)), strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-12)
 

@@ -130,9 +130,7 @@ def test_values_and_gradient_are_those_of_one_pass_per_block(exit_step: int) -> 
 def test_steps_modes_and_context_passes(exit_step: int) -> None:
     student = Student()
     result = rollout(student, noise(), LEVELS, exit_step, SIZES)
-    expected = [
-        (block, LEVELS[step], step == exit_step) for block in range(4) for step in range(exit_step + 1)
-    ]
+    expected = [(block, LEVELS[step], step == exit_step) for block in range(4) for step in range(exit_step + 1)]
     assert student.calls == expected
     assert result.exit_timestep == LEVELS[exit_step]
     assert len(student.contexts) == 4

@@ -63,9 +63,7 @@ def test_per_frame_timesteps_equal_diffusers_per_token_path(shape: tuple[int, ..
 
 
 def test_head_dim_of_wan_equals_diffusers() -> None:
-    config = TransformerConfig(
-        num_attention_heads=2, attention_head_dim=128, ffn_dim=64, num_layers=1, text_dim=16
-    )
+    config = TransformerConfig(num_attention_heads=2, attention_head_dim=128, ffn_dim=64, num_layers=1, text_dim=16)
     assert config.rotary_dims == (44, 42, 42)
     ours, theirs = pair(config)
     # Wan's own code computes the sinusoid in float64, diffusers in float32: here that alone costs 1.4e-5.
@@ -106,9 +104,7 @@ def test_folded_text_equals_512_zero_padded_rows() -> None:
     latents, _ = inputs(SMALL, (3, 2, 4, 4))
     generator = torch.Generator().manual_seed(3)
     prompts = [torch.randn(length, SMALL.text_dim, generator=generator) for length in (5, 1, 11)]
-    padded = torch.stack(
-        [torch.nn.functional.pad(prompt, (0, 0, 0, 512 - len(prompt))) for prompt in prompts]
-    )
+    padded = torch.stack([torch.nn.functional.pad(prompt, (0, 0, 0, 512 - len(prompt))) for prompt in prompts])
     timesteps = torch.full((3,), 500.0)
     expected = reference(theirs, latents, timesteps, padded)
     folded = TextContext.fold(prompts)
@@ -154,9 +150,7 @@ def test_sinusoid_is_cosine_first_and_keeps_fractions() -> None:
     found = sinusoid(torch.tensor([937.5]), 256)[0]
     rate = 10000.0 ** (-3 / 128)
     assert found[0] == pytest.approx(torch.tensor(937.5, dtype=torch.float64).cos().item(), abs=1e-12)
-    assert found[128 + 3] == pytest.approx(
-        torch.tensor(937.5 * rate, dtype=torch.float64).sin().item(), abs=1e-12
-    )
+    assert found[128 + 3] == pytest.approx(torch.tensor(937.5 * rate, dtype=torch.float64).sin().item(), abs=1e-12)
 
 
 def test_wrong_shapes_are_named() -> None:
@@ -173,7 +167,5 @@ def test_published_sizes(name: str, billions: float) -> None:
     with torch.device("meta"):
         model = VideoTransformer(CONFIGS[name])
         theirs = WanTransformer3DModel.from_config(CONFIGS[name].to_diffusers())
-    assert {k: v.shape for k, v in model.state_dict().items()} == {
-        k: v.shape for k, v in theirs.state_dict().items()
-    }
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
     assert sum(p.numel() for p in model.parameters()) / 1e9 == pytest.approx(billions, abs=1e-3)

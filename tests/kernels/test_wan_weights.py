@@ -148,9 +148,7 @@ def test_each_kind_of_misfit_is_named(state: dict[str, Tensor]) -> None:
         check_shapes(expected, without)
     with pytest.raises(ValueError, match=rf"^tensor {name}: expected shape \[128\], found \[127\]$"):
         check_shapes(expected, {**state, name: torch.zeros(127)})
-    with pytest.raises(
-        ValueError, match=rf"^tensor {name}: expected floating-point numbers, found torch.int8$"
-    ):
+    with pytest.raises(ValueError, match=rf"^tensor {name}: expected floating-point numbers, found torch.int8$"):
         check_shapes(expected, {**state, name: torch.zeros(128, dtype=torch.int8)})
     with pytest.raises(ValueError, match=r"^tensor extra: unknown, found shape \[3\]"):
         check_shapes(expected, {**state, "extra": torch.zeros(3)})
@@ -185,9 +183,7 @@ PREFIXES = {
 def test_wrapper_prefixes_and_both_namings_are_read(tmp_path, state, prefix: str, naming: str) -> None:
     named = to_original(state) if naming == "original" else state
     infix = "_fsdp_wrapped_module." if "fsdp" in prefix else ""
-    stored = {
-        prefix + name.replace("blocks.1.", f"blocks.1.{infix}"): tensor for name, tensor in named.items()
-    }
+    stored = {prefix + name.replace("blocks.1.", f"blocks.1.{infix}"): tensor for name, tensor in named.items()}
     torch.save(stored, tmp_path / "flat.pt")
     save_file(stored, tmp_path / "flat.safetensors")
     for file in ("flat.pt", "flat.safetensors"):
@@ -299,9 +295,7 @@ def test_exported_pt_is_what_self_forcing_loads(tmp_path, state) -> None:
     write_checkpoint(tmp_path / "a.pt", state)
     content = torch.load(tmp_path / "a.pt", weights_only=True)
     assert list(content) == ["generator"]
-    assert_same(
-        content["generator"], {f"model.{name}": tensor for name, tensor in to_original(state).items()}
-    )
+    assert_same(content["generator"], {f"model.{name}": tensor for name, tensor in to_original(state).items()})
     write_checkpoint(tmp_path / "b.pt", state)
     assert (tmp_path / "a.pt").read_bytes() == (tmp_path / "b.pt").read_bytes()
 

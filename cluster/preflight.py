@@ -1,0 +1,211 @@
+"""Before a run: what a pool needs, what the machine or the cluster has, and in plain words what is missing."""
+
+import math
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import ray
+
+SHARED_MEMORY = Path("/dev/shm")
+CGROUP = Path("/sys/fs/cgroup")
+NODES_NAMED = 4  # in a line that lists them
+COMFORTABLE_SHARED_MEMORY = 1 << 30  # bytes; a container's 64 MiB makes Ray keep its objects on disk
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What a pool asks for: how many workers, and what each of them holds while it lives.
+
+    `gpus` is a share of one GPU (0.25) or a whole number; `memory` is bytes of host memory, 0 when it is not
+    reserved. `cluster_grows` says that nodes are added on demand, so that what does not fit now may fit later.
+    Raises ValueError naming the field.
+    """
+
+    cpus: float = 1.0
+    gpus: float = 0.0
+    memory: int = 0
+    min_workers: int = 1
+    max_workers: int = 1
+    cluster_grows: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value in (("cpus", self.cpus), ("gpus", self.gpus), ("memory", self.memory)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}: must be a number of at least 0, got {value}")
+        if self.gpus > 1 and self.gpus != int(self.gpus):
+            raise ValueError(f"gpus: must be a whole number or a share of one GPU, got {self.gpus}")
+        if self.min_workers < 1:
+            raise ValueError(f"min_workers: must be at least 1, got {self.min_workers}")
+        if self.max_workers < self.min_workers:
+            raise ValueError(f"max_workers: must be at least min_workers = {self.min_workers}, got {self.max_workers}")
+
+    def __str__(self) -> str:
+        parts = [counted(self.cpus, "CPU")] if self.cpus else []
+        parts += [counted(self.gpus, "GPU")] if self.gpus else []
+        parts += [f"{in_gib(self.memory)} of memory"] if self.memory else []
+        return " and ".join(parts) or "nothing reserved"
+
+
+@dataclass(frozen=True)
+class Node:
+    """A machine's resources as Ray counts them; memory in bytes of host memory."""
+
+    name: str
+    cpus: float
+    gpus: float
+    memory: int
+
+    def holds(self, need: Requirements) -> int:
+        """How many such workers fit here. A share of a GPU never spans two GPUs."""
+        counts = [need.max_workers]
+        if need.cpus:
+            counts.append(_times(self.cpus, need.cpus))
+        if need.gpus:
+            counts.append(int(self.gpus) * _times(1, need.gpus) if need.gpus < 1 else _times(self.gpus, need.gpus))
+        if need.memory:
+            counts.append(self.memory // need.memory)
+        return min(counts)
+
+    def __str__(self) -> str:
+        return f"{self.name} ({counted(self.cpus, 'CPU')}, {counted(self.gpus, 'GPU')}, {in_gib(self.memory)})"
+
+
+def in_gib(size: float) -> str:
+    """Bytes as people read them: `1.5 GiB`."""
+    return f"{size / 2**30:.1f} GiB"
+
+
+def counted(count: float, unit: str) -> str:
+    """`1 GPU`, `0.5 GPUs`, `8 GPUs`."""
+    return f"{count:g} {unit}{'' if count == 1 else 's'}"
+
+
+def in_words(nodes: Sequence[Node]) -> str:
+    """The first nodes with what they have, and how many more there are."""
+    more = [f"{len(nodes) - NODES_NAMED} more"] if len(nodes) > NODES_NAMED else []
+    return ", ".join([*map(str, nodes[:NODES_NAMED]), *more])
+
+
+def this_machine(cpus: float | None = None, gpus: float | None = None) -> Node:
+    """What a local Ray would get here: usable CPUs, CUDA devices and free memory, within the container's limits."""
+    return Node(
+        name="this machine",
+        cpus=_usable_cpus() if cpus is None else cpus,
+        gpus=_cuda_devices() if gpus is None else gpus,
+        memory=_free_memory(),
+    )
+
+
+def cluster_nodes() -> list[Node]:
+    """The nodes of the cluster that this process is connected to, alive ones only."""
+    return [
+        Node(
+            name=node["NodeManagerAddress"],
+            cpus=node["Resources"].get("CPU", 0.0),
+            gpus=node["Resources"].get("GPU", 0.0),
+            memory=int(node["Resources"].get("memory", 0)),
+        )
+        for node in ray.nodes()
+        if node["Alive"]
+    ]
+
+
+def check_placement(nodes: Sequence[Node], need: Requirements) -> int:
+    """How many of the pool's workers fit on these nodes, at most `max_workers`.
+
+    A cluster that grows is not judged by what it has now: it is given `max_workers`. Raises ValueError saying
+    which resource is missing when not even `min_workers` fit.
+    """
+    if need.cluster_grows:
+        return need.max_workers
+    fitting = sum(node.holds(need) for node in nodes)
+    if fitting < need.min_workers:
+        raise ValueError(_what_is_missing(nodes, need, fitting))
+    return min(need.max_workers, fitting)
+
+
+def check_shared_memory(object_store: int | None) -> str:
+    """A line on the shared memory that Ray's object store lives in; `object_store` in bytes, None for Ray's choice.
+
+    Raises ValueError when an object store of the asked size has no room.
+    """
+    if not SHARED_MEMORY.is_dir():
+        return "shared memory: this system has none; objects are kept on disk"
+    free = shutil.disk_usage(SHARED_MEMORY).free
+    advice = "give the container more (docker: --shm-size; Kubernetes: an emptyDir with medium Memory)"
+    if object_store is not None and object_store > free:
+        raise ValueError(
+            f"shared memory: an object store of {in_gib(object_store)} does not fit in the {in_gib(free)} free "
+            f"at {SHARED_MEMORY}; {advice}"
+        )
+    low = f": too little, objects will be kept on disk; {advice}" if free < COMFORTABLE_SHARED_MEMORY else ""
+    return f"shared memory: {in_gib(free)} free{low}"
+
+
+def check_output(output: str | os.PathLike[str], size: int) -> str:
+    """A line on the room at `output`, a folder that need not exist yet; `size` is what the run will write, in bytes.
+
+    An object store has no end that could be asked for. Raises ValueError when a local disk has not the room.
+    """
+    if "://" in os.fspath(output):
+        return f"output: {output} (an object store: free space is not known)"
+    path = Path(output).absolute()
+    standing = next(folder for folder in (path, *path.parents) if folder.exists())
+    free = shutil.disk_usage(standing).free
+    if size > free:
+        raise ValueError(f"output: the run writes {in_gib(size)}; {output} has {in_gib(free)} free")
+    return f"output: {in_gib(free)} free at {output}, {in_gib(size)} needed"
+
+
+def _times(have: float, need: float) -> int:
+    return math.floor(have / need + 1e-6)  # 0.9 / 0.3 is 2.9999999999999996
+
+
+def _what_is_missing(nodes: Sequence[Node], need: Requirements, fitting: int) -> str:
+    count = need.min_workers
+    workers, verb = counted(count, "worker"), "needs" if count == 1 else "each need"
+    gpus, cpus = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
+    memory = sum(node.memory for node in nodes)
+    for unit, each, have in (("GPU", need.gpus, gpus), ("CPU", need.cpus, cpus)):
+        if count * each > have:
+            asked = counted(each, unit)
+            return f"{workers} with {asked} {verb} {counted(count * each, unit)}; the cluster has {have:g}"
+    if count * need.memory > memory:
+        asked, total = in_gib(need.memory), in_gib(count * need.memory)
+        return f"{workers} with {asked} of memory {verb} {total}; the cluster has {in_gib(memory)} free"
+    return f"{workers} with {need} do not fit: only {fitting} can be placed on {in_words(nodes)}"
+
+
+def _usable_cpus() -> float:
+    count = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
+    quota = _cgroup("cpu.max")
+    if len(quota) == 2 and quota[0] != "max":
+        return max(1, min(count, int(quota[0]) // int(quota[1])))
+    return count
+
+
+def _cuda_devices() -> int:
+    import torch  # seconds to import, and every worker of a pool imports this module
+
+    return torch.cuda.device_count()
+
+
+def _free_memory() -> int:
+    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        free = int(lines["MemAvailable"].split()[0]) * 1024
+    limit, used = _cgroup("memory.max"), _cgroup("memory.current")
+    if limit and used and limit[0] != "max":
+        free = min(free, int(limit[0]) - int(used[0]))
+    return free
+
+
+def _cgroup(name: str) -> list[str]:
+    path = CGROUP / name
+    return path.read_text().split() if path.exists() else []
