@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+
 from reelway.actors.pretraining import to_pixels
 from reelway.kernels.objectives.reconstruction import psnr
 from reelway.kernels.sprites.render import render
