@@ -1,5 +1,6 @@
 """The teacher: a bidirectional transformer with its text encoder and VAE, sampled with guidance."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -22,7 +23,8 @@ from .pretraining import to_pixels, to_video
 class Teacher:
     """Makes whole clips: latents by Euler steps on the guided velocity, then pixels by the VAE.
 
-    negative_prompt: what guidance steers away from; encoded once. autocast: run the networks in bfloat16.
+    shift: of the sampling grid. negative_prompt: what guidance steers away from; encoded once. autocast: run the
+    networks in bfloat16.
     """
 
     def __init__(
@@ -31,6 +33,7 @@ class Teacher:
         encoder: TextEncoder,
         vae: StreamingVAE,
         *,
+        shift: float,
         negative_prompt: str = "",
         autocast: bool = True,
     ) -> None:
@@ -38,6 +41,7 @@ class Teacher:
         self.encoder = encoder.requires_grad_(False).eval()
         self.vae = vae.requires_grad_(False).eval()
         self.device = transformer.proj_out.weight.device
+        self.shift = shift
         self._autocast = autocast
         self._negative = encoder([negative_prompt])
 
@@ -49,7 +53,8 @@ class Teacher:
         load_into(transformer, {name: value.float() for name, value in state.items()})
         encoder = TextEncoder.from_pretrained(folder, dtype=torch.float32)
         vae = StreamingVAE.from_pretrained(folder / "vae")
-        return cls(transformer.to(device), encoder.to(device), vae.to(device), autocast=autocast)
+        networks = (transformer.to(device), encoder.to(device), vae.to(device))
+        return cls(*networks, shift=_read_shift(folder / "scheduler" / "scheduler_config.json"), autocast=autocast)
 
     def velocity(self, prompts: Sequence[str], guidance: float) -> Velocity:
         """The guided velocity of a batch, one clip per prompt; both passes of guidance in one batch."""
@@ -101,3 +106,14 @@ class Teacher:
 
     def _precision(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast)
+
+
+def _read_shift(path: Path) -> float:
+    """The timestep shift of a scheduler: `shift` of the Euler one, `flow_shift` of Wan's own UniPC."""
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file; a teacher needs its scheduler's shift")
+    config = json.loads(path.read_text())
+    for field in ("shift", "flow_shift"):
+        if field in config:
+            return float(config[field])
+    raise ValueError(f"{path}: needs a shift or a flow_shift, has {', '.join(sorted(config))}")

@@ -27,7 +27,6 @@ SPLITS = ("train", "validation", "heldout")
 FRAMES = 81
 SIZE = 64
 BATCH = 8
-SHIFT = 3.0  # of the sampling grid, that of the tiny teacher's training
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="The embedded video world: look, render, grade.")
 
@@ -133,7 +132,7 @@ def sample(
             texts = [text for text, _ in chosen[start : start + BATCH]]
             keys = [SampleKey(seed, text, 0) for text in texts]
             noise = teacher.noise(keys, (frames, side, side))
-            latents = teacher.sample(texts, noise, timesteps(steps, SHIFT), guidance)
+            latents = teacher.sample(texts, noise, timesteps(steps, teacher.shift), guidance)
             videos.extend(teacher.decode(latents).numpy())
             progress.advance(task, len(texts))
     return videos

@@ -55,12 +55,13 @@ def train_teacher(recipe: PretrainRecipe, run: Path, device: str) -> TeacherLear
 
 def _sheet(recipe: PretrainRecipe, learner: TeacherLearner, vae: StreamingVAE, path: Path) -> None:
     """Samples of the averaged teacher for held-out prompts, each with its score."""
-    teacher = Teacher(*map(copy.deepcopy, learner.averaged()), copy.deepcopy(vae).to(learner.engine.device))
+    networks = (*map(copy.deepcopy, learner.averaged()), copy.deepcopy(vae).to(learner.engine.device))
+    teacher = Teacher(*networks, shift=recipe.teacher.shift)
     chosen = prompts("heldout", SAMPLES, recipe.seed, recipe.world.level)
     frames = 1 + (recipe.world.frames - 1) // vae.temporal_factor
     side = recipe.world.size // vae.spatial_factor
     noise = teacher.noise([SampleKey(recipe.seed, text, 0) for text, _ in chosen], (frames, side, side))
-    grid = timesteps(STEPS, recipe.teacher.shift)
+    grid = timesteps(STEPS, teacher.shift)
     videos = teacher.decode(teacher.sample([text for text, _ in chosen], noise, grid, GUIDANCE)).numpy()
     graded = [grade(video, scene, level=recipe.world.level) for video, (_, scene) in zip(videos, chosen, strict=True)]
     rows = [

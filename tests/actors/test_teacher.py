@@ -1,5 +1,6 @@
 """Our teacher against `diffusers.WanPipeline`, from the same folder and the same noise."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,16 @@ def test_pixels_come_and_go_as_uint8(folder: Path) -> None:
     copies = teacher.reconstruct([np.zeros((9, 32, 32, 3), np.uint8)])
     assert copies[0].shape == (9, 32, 32, 3)
     assert copies[0].dtype == np.uint8
+
+
+def test_shift_is_the_schedulers(folder: Path, tmp_path: Path) -> None:
+    assert Teacher.from_pretrained(folder).shift == RECIPE.teacher.shift
+    shutil.copytree(folder, tmp_path / "model")
+    (tmp_path / "model/scheduler/scheduler_config.json").write_text('{"flow_shift": 8.0}')
+    assert Teacher.from_pretrained(tmp_path / "model").shift == 8.0
+    (tmp_path / "model/scheduler/scheduler_config.json").write_text('{"steps": 8}')
+    with pytest.raises(ValueError, match="needs a shift or a flow_shift, has steps"):
+        Teacher.from_pretrained(tmp_path / "model")
 
 
 def test_missing_folder_is_named(tmp_path: Path) -> None:
