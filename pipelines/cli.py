@@ -3,9 +3,10 @@
 import importlib
 import sys
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
+from typer.exceptions import TyperException
 
 from .. import __version__
 
@@ -39,10 +40,10 @@ def reelway(
     """Distil bidirectional video diffusion models into streaming causal ones, and run them."""
 
 
-def _forwarding_to(name: str) -> Callable[[typer.Context], None]:
-    def run(context: typer.Context) -> None:
+def _forwarding_to(name: str) -> Callable[[typer.Context], object]:
+    def run(context: typer.Context) -> object:
         module = importlib.import_module(f".{name}", __package__)
-        module.app(args=context.args, prog_name=f"reelway {name}")
+        return module.app(args=context.args, prog_name=f"reelway {name}", standalone_mode=False)
 
     return run
 
@@ -63,10 +64,26 @@ for _name, _help in COMMANDS.items():
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
     try:
-        app(prog_name="reelway")
+        status = app(prog_name="reelway", standalone_mode=False)
+    except TyperException as error:
+        if not error.format_message():  # a group without a command: its help is the answer
+            error.show()
+            raise SystemExit(2) from None
+        _refuse(f"{error.format_message()}{_hint(error)}")
     except USER_ERRORS as error:
-        sys.stderr.write(f"reelway: {' '.join(str(error).split())}\n")
-        raise SystemExit(2) from None
+        _refuse(str(error))
+    except typer.Abort:
+        raise SystemExit(130) from None
+    raise SystemExit(status if isinstance(status, int) else 0)
+
+
+def _refuse(message: str) -> NoReturn:
+    sys.stderr.write(f"reelway: {' '.join(message.split())}\n")
+    raise SystemExit(2)
+
+
+def _hint(error: TyperException) -> str:
+    return f" See '{error.ctx.command_path} --help'." if isinstance(error, typer.BadParameter) and error.ctx else ""
 
 
 if __name__ == "__main__":
