@@ -10,7 +10,7 @@ import torch
 import typer
 from rich.console import Console
 
-from .pretraining.export import export_model
+from .models import write_model
 from .pretraining.latents import make_latents
 from .pretraining.teacher import train_teacher
 from .pretraining.vae import train_vae
@@ -37,11 +37,14 @@ def pretrain_command(
     """Train in RUN; the finished model is RUN/model, in the diffusers layout."""
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: no CUDA device here")
+    section = load_recipe(recipe, override).pretrain
+    if section is None:
+        raise ValueError(f"recipe {recipe}: has no section 'pretrain'")
     if vae is not None:
         _adopt_vae(vae, run)
     console = Console(stderr=True)
     try:
-        pretrain(load_recipe(recipe, override).pretrain, run, stages=set(stage or Stage), device=device)
+        pretrain(section, run, stages=set(stage or Stage), device=device)
     except KeyboardInterrupt:
         console.print(f"Stopped; what was done is kept in {run}. The same command goes on from there.")
         raise typer.Exit(130) from None
@@ -56,7 +59,7 @@ def pretrain(recipe: PretrainRecipe, run: Path, *, stages: set[Stage], device: s
         make_latents(recipe, run, device)
     if Stage.teacher in stages:
         learner = train_teacher(recipe, run, device)
-        export_model(recipe, learner, run / "model")
+        write_model(run / "model", *learner.averaged(), shift=recipe.teacher.shift)
 
 
 def _adopt_vae(source: Path, run: Path) -> None:

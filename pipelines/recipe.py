@@ -3,10 +3,13 @@
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from ..kernels.causal.student import StudentSettings
+from ..kernels.diffusion.schedule import warp
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 
@@ -75,7 +78,7 @@ class TeacherRecipe(Strict):
     """Flow-matching training of the transformer, with the text encoder trained along."""
 
     clips: Positive = 12000
-    steps: Positive = 6000
+    steps: Positive = 2800
     batch: Positive = 48
     shift: Rate = 3.0
     prompt_drop: Share = 0.1
@@ -92,10 +95,170 @@ class PretrainRecipe(Strict):
     teacher: TeacherRecipe = TeacherRecipe()
 
 
-class Recipe(Strict):
-    """One file of `configs/`: a section per job."""
+class ClipRecipe(Strict):
+    """The clips that a model learns and makes. Height and width are pixels, frames are pixel frames."""
 
-    pretrain: PretrainRecipe
+    height: Positive
+    width: Positive
+    frames: Positive = 81
+    frame_rate: Rate = 16.0
+
+
+class IngestRecipe(Strict):
+    """How videos become latent shards.
+
+    stride: frames from one clip's start to the next one's; a clip's length by default, so that none overlap.
+    batch: clips that the VAE encodes at once; part of the data set's fingerprint.
+    """
+
+    stride: Positive | None = None
+    batch: Positive = 4
+    per_shard: Positive = 64
+    smallest_side: Positive = 64
+    least_motion: Annotated[float, Field(ge=0)] = 0.5
+    least_brightness: Annotated[float, Field(ge=0)] = 4.0
+    text_embeddings: bool = False
+
+
+class TrajectoriesRecipe(Strict):
+    """How a teacher's ODE trajectories are made (CausVid, arXiv 2412.07772, section 4.3).
+
+    minimum_steps: Euler steps, at least; the grid is the shortest that holds the student's timesteps exactly.
+    guidance: standard w. batch: clips of one teacher call; part of the data set's fingerprint.
+    """
+
+    seed: int = 0
+    samples: Positive = 1
+    minimum_steps: Positive = 48
+    guidance: Rate = 6.0
+    negative_prompt: str = ""
+    batch: Positive = 8
+    per_shard: Positive = 64
+    dtype: Literal["float16", "bfloat16", "float32"] = "float16"
+    autocast: bool = True
+    text_embeddings: bool = False
+
+
+class StudentRecipe(Strict):
+    """The causal student, in latent frames. `timesteps` are warped by `shift`: [1000, 750, ...] before it."""
+
+    block: Positive = StudentSettings.block
+    first_block: Positive | None = StudentSettings.first_block
+    timesteps: Annotated[list[Annotated[float, Field(gt=0, le=1000)]], Field(min_length=1)] = [1000, 750, 500, 250]
+    shift: Rate = StudentSettings.shift
+    window: Positive = StudentSettings.window
+    sink: Annotated[int, Field(ge=0)] = StudentSettings.sink
+
+    @model_validator(mode="after")
+    def _must_be_a_student(self) -> "StudentRecipe":
+        self.settings()
+        return self
+
+    def settings(self) -> StudentSettings:
+        """The student that this describes; ValueError where it describes none."""
+        values = self.model_dump(exclude={"timesteps"})
+        return StudentSettings(**values, timesteps=tuple(warp(self.timesteps, shift=self.shift)))
+
+
+class TrainingOptimizerRecipe(Strict):
+    """AdamW with linear warm-up, then the same rate to the end."""
+
+    learning_rate: Rate = 2e-6
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    clip_norm: Rate = 10.0
+    ema_decay: Share = 0.0
+
+
+class TrainingRecipe(Strict):
+    """What every training stage has.
+
+    batch: clips of one update, over all processes. lanes: streams of samples that a batch is dealt from; any number
+    of processes that divides it sees the same batches. micro_batch: clips of one forward pass, by memory.
+    """
+
+    seed: int = 0
+    steps: Positive
+    batch: Positive
+    lanes: Positive = 1
+    micro_batch: Positive | None = None
+    checkpoint_every: Positive = 50
+    keep: Positive = 2
+    sheet_every: Positive = 100
+    activation_checkpointing: bool = False
+    poisoned: Literal["fatal", "skip"] = "fatal"
+
+    @model_validator(mode="after")
+    def _must_divide(self) -> "TrainingRecipe":
+        if self.batch % self.lanes:
+            raise ValueError(f"batch: must be a multiple of lanes ({self.lanes}), got {self.batch}")
+        return self
+
+
+class InitializeRecipe(TrainingRecipe):
+    """ODE initialisation (CausVid, arXiv 2412.07772, section 4.3): 3,000 steps of 128 at 2e-6 there."""
+
+    steps: Positive = 3000
+    batch: Positive = 128
+    optimizer: TrainingOptimizerRecipe = TrainingOptimizerRecipe()
+
+
+class CausalTeacherRecipe(TrainingRecipe):
+    """A causal many-step model, tuned from the teacher by flow matching.
+
+    context "noisy" is diffusion forcing (arXiv 2407.01392): each block at its own level, earlier blocks noisy;
+    "clean" is teacher forcing: earlier blocks as they are.
+    """
+
+    steps: Positive = 2000
+    batch: Positive = 64
+    context: Literal["noisy", "clean"] = "noisy"
+    prompt_drop: Share = 0.1
+    optimizer: TrainingOptimizerRecipe = TrainingOptimizerRecipe()
+
+
+class DistillRecipe(TrainingRecipe):
+    """Distribution matching (CausVid, section 4.2; Self-Forcing, arXiv 2506.08009; LongLive, arXiv 2509.22622).
+
+    steps: updates of the critic; the student has one in `critic_updates` of them.
+    guidance: standard w of the real score: the references write s = w - 1.
+    shift, smallest_timestep, largest_timestep: the distribution of the score networks' timestep.
+    rollout_frames, switch: for `long`: latent frames of a rollout, and whether prompts change inside.
+    """
+
+    steps: Positive = 1000
+    batch: Positive = 64
+    guidance: Rate = 4.5
+    shift: Rate = 5.0
+    smallest_timestep: Annotated[float, Field(gt=0, lt=1000)] = 20.0
+    largest_timestep: Annotated[float, Field(gt=0, le=1000)] = 980.0
+    critic_updates: Positive = 5
+    student: TrainingOptimizerRecipe = TrainingOptimizerRecipe()
+    critic: TrainingOptimizerRecipe = TrainingOptimizerRecipe()
+    rollout_frames: Positive | None = None
+    switch: bool = True
+
+
+class DistillMethods(Strict):
+    """A section per method of `reelway distill`."""
+
+    causvid: DistillRecipe = DistillRecipe()
+    self_forcing: DistillRecipe = DistillRecipe()
+    long: DistillRecipe = DistillRecipe()
+
+
+class Recipe(Strict):
+    """One file of `configs/`: a section per job. `pretrain` only where a model is trained from nothing."""
+
+    pretrain: PretrainRecipe | None = None
+    clip: ClipRecipe
+    student: StudentRecipe = StudentRecipe()
+    ingest: IngestRecipe = IngestRecipe()
+    trajectories: TrajectoriesRecipe = TrajectoriesRecipe()
+    causal_teacher: CausalTeacherRecipe = CausalTeacherRecipe()
+    initialize: InitializeRecipe = InitializeRecipe()
+    distill: DistillMethods = DistillMethods()
 
 
 Section = TypeVar("Section", bound=Strict)

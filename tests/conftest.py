@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -34,3 +35,37 @@ def ray_session() -> "Iterator[Session]":
 
     with start_or_join("local", cpus=RAY_CPUS, gpus=0, object_store_bytes=256 << 20, dashboard=True) as session:
         yield session
+
+
+@pytest.fixture(scope="session")
+def small_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A teacher's folder for tests that need one: the tiny model cut to one block, random weights, the shipped VAE."""
+    return _small_model(tmp_path_factory.mktemp("small") / "teacher", is_student=False)
+
+
+@pytest.fixture(scope="session")
+def small_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A student's folder, like `small_teacher`: blocks of 3, window 6, sink 3, steps at 1000 and 750."""
+    return _small_model(tmp_path_factory.mktemp("small") / "student", is_student=True)
+
+
+def _small_model(folder: Path, is_student: bool) -> Path:
+    import shutil
+    from dataclasses import replace
+
+    import torch
+
+    from reelway.kernels.causal.student import StudentSettings
+    from reelway.kernels.sprites.captions import VOCABULARY
+    from reelway.kernels.wan.config import CONFIGS
+    from reelway.kernels.wan.text import tiny_text_encoder
+    from reelway.kernels.wan.transformer import VideoTransformer
+    from reelway.pipelines.models import write_model
+
+    torch.manual_seed(0)
+    config = replace(CONFIGS["tiny"], num_layers=1, ffn_dim=128)
+    settings = StudentSettings(timesteps=(1000, 750), shift=3.0, window=6, sink=3) if is_student else None
+    shutil.copytree(Path(__file__).parents[1] / "assets" / "tiny" / "vae", folder / "vae")
+    encoder = tiny_text_encoder(VOCABULARY, config.text_dim)
+    write_model(folder, VideoTransformer(config), encoder, shift=3.0, student=settings)
+    return folder

@@ -8,7 +8,6 @@ import pytest
 import torch
 from diffusers import WanPipeline
 
-from reelway.actors.pretraining import TeacherLearner
 from reelway.actors.teacher import Teacher
 from reelway.kernels.diffusion.noise import SampleKey
 from reelway.kernels.diffusion.schedule import timesteps
@@ -17,8 +16,8 @@ from reelway.kernels.wan.config import CONFIGS
 from reelway.kernels.wan.text import tiny_text_encoder
 from reelway.kernels.wan.transformer import VideoTransformer
 from reelway.kernels.wan.vae import StreamingVAE
-from reelway.pipelines.pretraining.export import export_model
-from reelway.pipelines.pretraining.vae import settings, vae_config
+from reelway.pipelines.models import write_model
+from reelway.pipelines.pretraining.vae import vae_config
 from reelway.pipelines.recipe import load_recipe
 
 RECIPE = load_recipe(Path(__file__).parents[2] / "configs" / "tiny.yaml").pretrain
@@ -31,11 +30,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model folder with random weights, written as the shipped one is."""
     torch.manual_seed(0)
     target = tmp_path_factory.mktemp("teacher") / "model"
-    optimizer = settings(RECIPE.teacher.optimizer, 1)
-    encoder = tiny_text_encoder(VOCABULARY, CONFIGS["tiny"].text_dim)
-    learner = TeacherLearner(VideoTransformer(CONFIGS["tiny"]), encoder, optimizer)
     StreamingVAE.from_config(vae_config(RECIPE)).vae.save_pretrained(target / "vae")
-    export_model(RECIPE, learner, target)
+    encoder = tiny_text_encoder(VOCABULARY, CONFIGS["tiny"].text_dim)
+    write_model(target, VideoTransformer(CONFIGS["tiny"]), encoder, shift=RECIPE.teacher.shift)
     return target
 
 

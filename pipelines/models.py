@@ -1,4 +1,4 @@
-"""Write a trained tiny teacher as a model folder that `diffusers.WanPipeline.from_pretrained` loads."""
+"""Write a model folder in the diffusers layout, as `diffusers.WanPipeline.from_pretrained` loads it."""
 
 import json
 from pathlib import Path
@@ -6,9 +6,10 @@ from pathlib import Path
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from ...actors.pretraining import TeacherLearner
-from ...kernels.wan.weights import write_transformer
-from ..recipe import PretrainRecipe
+from ..kernels.causal.student import StudentSettings
+from ..kernels.wan.text import TextEncoder
+from ..kernels.wan.transformer import VideoTransformer
+from ..kernels.wan.weights import write_transformer
 
 MODEL_INDEX = {
     "_class_name": "WanPipeline",
@@ -24,11 +25,19 @@ MODEL_INDEX = {
 }
 
 
-def export_model(recipe: PretrainRecipe, learner: TeacherLearner, folder: Path) -> None:
-    """Write everything but the VAE, which its stage has written; averaged weights, bfloat16."""
-    transformer, encoder = learner.averaged()
+def write_model(
+    folder: Path,
+    transformer: VideoTransformer,
+    encoder: TextEncoder,
+    *,
+    shift: float,
+    student: StudentSettings | None = None,
+) -> None:
+    """Write everything but `vae/`, in bfloat16. shift: of the sampling grid. student: makes the folder a student's."""
     state = {name: value.to(torch.bfloat16) for name, value in transformer.state_dict().items()}
     write_transformer(folder, transformer.config, state)
     encoder.save_pretrained(folder)
-    FlowMatchEulerDiscreteScheduler(shift=recipe.teacher.shift).save_pretrained(folder / "scheduler")
+    FlowMatchEulerDiscreteScheduler(shift=shift).save_pretrained(folder / "scheduler")
+    if student is not None:
+        student.write(folder)
     (folder / "model_index.json").write_text(json.dumps(MODEL_INDEX, indent=2) + "\n")
