@@ -1,9 +1,10 @@
 """Videos into clips: decoded frame by frame, resampled by time, framed, filtered.
 
-Two decoders. decord reads what it can: H.264, HEVC, VP9 and the like. It is known to deadlock inside a native call
-that holds the interpreter's lock, and to abort on damaged streams; so it runs in a child process that a timer kills.
-PyAV, in this process, reads every file's headers and packets first, and decodes what decord gives up on: GIF, AV1,
-files whose frames must be turned, that decord counts otherwise than their packets say, or that stopped the child.
+PyAV reads and decodes every file. decord is the second opinion: it takes over a clip of which PyAV's process has died
+(`actors.decode_lane`). It is not the first, by measurement: it needs twice PyAV's processor time (3.2 s against 6.1 s
+for 957 frames of 1280x720), and gives out frames that were concealed after damage, which PyAV marks. It may deadlock
+inside a native call that holds the interpreter's lock, and aborts on some forged files; so it has a process of its own,
+which a timer kills.
 """
 
 import json
@@ -12,106 +13,34 @@ import resource
 import signal
 import stat
 import struct
-import subprocess
-import sys
 import warnings
-import weakref
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain
-from multiprocessing.connection import Connection, Pipe
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Final, Self
+from typing import Any, Final, Literal, Self, cast
 
 import av
 import numpy as np
 from av.container import InputContainer
 from av.stream import Disposition
+from av.video.reformatter import Colorspace
 from av.video.stream import VideoStream
 
 from ..kernels.clips import TIME_SLACK, Floats, Integers, Pixels, brightness, fit, motion, shown_frames
+from .child import Child
+from .clips import BadVideo, Broken, Clip, ClipSettings, Skipped, Survey
 
 FORMATS: Final = ("mov", "mp4", "m4a", "3gp", "3g2", "mj2", "matroska", "webm", "gif")
 DECODE_SECONDS: Final = 60.0  # for one frame, or for opening a file, in decord
 BATCH: Final = 4  # source frames that the child sends at a time
 CHILD_BYTES: Final = 8 << 30  # address space of the child: a forged header may ask for any amount
-CHILD: Final = "from {module} import serve_decord; serve_decord({link}, {seconds})"
+CHILD: Final = "import sys; from {module} import serve_decord; serve_decord(int(sys.argv[1]), {seconds})"
+UNTAGGED: Final = 2  # a frame's colour matrix, "unspecified" in ITU-T H.273
+WORTH_A_SEEK: Final = 8  # frames: skipping fewer than these costs less than a seek and a cold decoder
 
-
-@dataclass(frozen=True)
-class ClipSettings:
-    """How clips are cut, and which videos and clips are left out.
-
-    frames_per_second, width, height: of the clips; frames: per clip, 1 + 4k, as the causal VAE takes them; stride:
-    frames from one clip's start to the next one's. minimum_seconds, minimum_width, minimum_height: of the source, as
-    shown (turned upright). static_below: least motion (`kernels.clips.motion`); black_below: least brightness of a
-    clip's brightest frame; both in [0, 1]. maximum_pixels and maximum_side: of a source frame; a file beyond them is
-    refused before anything is decoded. maximum_gap_seconds: how long one source frame may stand.
-    """
-
-    frames_per_second: float
-    width: int
-    height: int
-    frames: int
-    stride: int
-    minimum_seconds: float = 1.0
-    minimum_width: int = 256
-    minimum_height: int = 256
-    static_below: float = 0.001
-    black_below: float = 0.02
-    maximum_pixels: int = 8192 * 4320
-    maximum_side: int = 8192
-    maximum_gap_seconds: float = 30.0
-
-    def __post_init__(self) -> None:
-        for name in ("frames_per_second", "width", "height", "frames", "stride", "maximum_pixels", "maximum_side"):
-            if not vars(self)[name] > 0:
-                raise ValueError(f"{name} must be greater than 0, not {vars(self)[name]}")
-        if self.frames % 4 != 1:
-            raise ValueError(f"frames must be 1 + 4k, as the causal VAE takes them, not {self.frames}")
-        for name in ("static_below", "black_below"):
-            if not 0 <= vars(self)[name] <= 1:
-                raise ValueError(f"{name} must lie in [0, 1], not {vars(self)[name]}")
-
-
-@dataclass(frozen=True, eq=False)
-class Clip:
-    """frames: uint8 [T, H, W, 3], RGB. index: place among the cuts of its source, those left out counted too."""
-
-    frames: Pixels
-    source: Path
-    start_seconds: float
-    index: int
-    decoder: str  # "decord" or "pyav"
-
-
-@dataclass(frozen=True)
-class Skipped:
-    """A video (index None) or one of its clips that a filter left out.
-
-    reason: too-short, too-small, near-static or black. text: the rule and the numbers, in one line.
-    """
-
-    source: Path
-    reason: str
-    text: str
-    start_seconds: float = 0.0
-    index: int | None = None
-
-
-class BadVideo(ValueError):
-    """A file that is not a whole, readable video. One line: the file, the rule, the value.
-
-    reason: unreadable, empty, truncated, not-a-video, no-video-stream, no-duration, single-frame, too-large, gap or
-    damaged.
-    """
-
-    def __init__(self, path: Path, reason: str, text: str) -> None:
-        # repr() keeps the line one line: line ends and undecodable bytes of a file name come out escaped.
-        super().__init__(f"{repr(os.fspath(path))[1:-1]}: {text}")
-        self.path = path
-        self.reason = reason
+DecoderName = Literal["pyav", "decord"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -122,6 +51,7 @@ class Video:
     stream: int
     videos: int  # video streams in the file
     ticks: Integers  # presentation times [N] in the stream's time base, rising
+    keys: Integers  # indices of the frames that decoding can begin at, rising, the first one 0
     times: Floats  # the same in seconds, the first one 0
     end: float  # seconds; when the last frame's time is over
     slack: float  # seconds; how far the container's time base may have moved a frame
@@ -132,9 +62,9 @@ class Video:
 
 
 class Decoder:
-    """Cuts videos into clips. Holds one child process, started when the first video is decoded; `close` ends it.
+    """Cuts videos into clips. Holds a child process for decord, started when it is asked for; `close` ends it.
 
-    decode_seconds: what the child may take for one frame before it is killed and PyAV takes over.
+    decode_seconds: what decord may take for one frame before its process is killed.
     """
 
     def __init__(self, settings: ClipSettings, *, decode_seconds: float = DECODE_SECONDS) -> None:
@@ -148,33 +78,60 @@ class Decoder:
         self.close()
 
     def close(self) -> None:
-        """End the child process; the next video would start another."""
+        """End the child process; the next video that needs it would start another."""
         self._decord.close()
 
-    def clips(self, path: Path) -> Iterator[Clip | Skipped]:
-        """Cut one mp4, mov, mkv, webm or gif file into clips, in order of time.
+    def survey(self, path: Path) -> Survey | Skipped:
+        """Say what a file holds, or which filter leaves all of it out. Reads it whole, and decodes its first frame.
 
-        Yields a `Clip` or, where a filter says no, a `Skipped`; a video that is too short or too small gives one
-        `Skipped` in all. What is left after the last whole clip is dropped. Memory holds a clip or two and a few
-        source frames, however long the video is. Raises `BadVideo` before the first clip for all that headers and
-        packets can tell, a file cut short among it: of such a file nothing is used. Pictures that cannot be decoded
-        show only when they are reached: then the clips before have been yielded. A Matroska or WebM file that ends
-        early is whole to its last packet: it promises no number of frames.
+        Raises `BadVideo` for all that headers and packets can tell, a file cut short among it. A Matroska or WebM
+        file that ends early is whole to its last packet: it promises no number of frames.
         """
         video = probe(path, self.settings)
-        plan = shown_frames(video.times, video.end, self.settings.frames_per_second, video.slack)
+        frames = len(self._plan(video))
+        seconds, rate = round(video.end, 6), round(len(video.ticks) / video.end, 6)
+        found = Survey(seconds, video.width, video.height, rate, len(self.settings.cuts(frames)))
+        return self._refused(video, frames) or found
+
+    def clips(
+        self, path: Path, only: Sequence[int] | None = None, *, by: DecoderName = "pyav"
+    ) -> Iterator[Clip | Skipped | Broken]:
+        """Cut one mp4, mov, mkv, webm or gif file into clips, in order of time.
+
+        only: indices of the clips that are wanted, rising; those that the video is too short for do not come.
+
+        Yields a `Clip` or, where a filter says no, a `Skipped`, or, where not all of a clip can be decoded, a
+        `Broken`: each clip is judged by itself, decoded from the last key frame before it, so its fate does not
+        depend on which others are wanted. A video that is too short or too small gives one `Skipped` in all. Memory
+        holds a clip or two and a few source frames, however long the video is. Raises `BadVideo` before the first
+        clip, where `survey` does.
+        """
+        video = probe(path, self.settings)
+        plan = self._plan(video)
         refused = self._refused(video, len(plan))
         if refused:
             yield refused
             return
-        cuts = range(0, len(plan) - self.settings.frames + 1, self.settings.stride)
-        done = 0
-        try:
-            for item in self._cut(video, plan, cuts, "decord"):
-                yield item
-                done += 1
-        except DecordGaveUp:
-            yield from self._cut(video, plan, cuts[done:], "pyav")
+        cuts = self.settings.cuts(len(plan))
+        starts = list(cuts) if only is None else [cuts[index] for index in only if index < len(cuts)]
+        while starts:
+            done = 0
+            try:
+                for item in self._cut(video, plan, starts, by):
+                    yield item
+                    done += 1
+            except (BadVideo, DecordGaveUp) as error:
+                if not done:  # else the same clip is tried again, from a key frame of its own
+                    yield self._broken(path, starts[0], error)
+                    done = 1
+            starts = starts[done:]
+
+    def _plan(self, video: Video) -> Integers:
+        return shown_frames(video.times, video.end, self.settings.frames_per_second, video.slack)
+
+    def _broken(self, path: Path, start: int, error: "BadVideo | DecordGaveUp") -> Broken:
+        text = error.text if isinstance(error, BadVideo) else "decord cannot decode it"
+        return Broken(path, "damaged", text, start / self.settings.frames_per_second, start // self.settings.stride)
 
     def _refused(self, video: Video, frames: int) -> Skipped | None:
         s = self.settings
@@ -189,23 +146,24 @@ class Decoder:
             return Skipped(video.path, "too-short", text)
         return None
 
-    def _cut(self, video: Video, plan: Integers, cuts: range, decoder: str) -> Iterator[Clip | Skipped]:
+    def _cut(self, video: Video, plan: Integers, starts: Sequence[int], by: DecoderName) -> Iterator[Clip | Skipped]:
         s = self.settings
-        needed = _needed(cuts, s.frames)
+        ends = {start + s.frames - 1 for start in starts}
+        needed = np.unique(np.add.outer(starts, np.arange(s.frames)))
         sources = np.unique(plan[needed])
-        pictures = decode_pyav(video, sources, s) if decoder == "pyav" else self._decord.frames(video, sources)
+        pictures = decode_pyav(video, sources, s) if by == "pyav" else self._decord.frames(video, sources)
         window: deque[Pixels] = deque(maxlen=s.frames)
         shown = -1
-        for position in needed:
+        for position in needed.tolist():
             if plan[position] != shown:
                 shown = plan[position]
                 picture = fit(next(pictures), s.height, s.width, video.pixel_aspect)
             window.append(picture)
-            start = position - s.frames + 1
-            if start in cuts:
-                # Cuts are equally spaced from 0, so a start tells its index whichever decoder came first.
-                clip = Clip(np.stack(window), video.path, start / s.frames_per_second, start // s.stride, decoder)
-                yield self._judged(clip)
+            if position in ends:
+                start = position - s.frames + 1
+                yield self._judged(
+                    Clip(np.stack(window), video.path, start / s.frames_per_second, start // s.stride, by)
+                )
 
     def _judged(self, clip: Clip) -> Clip | Skipped:
         light, moved = brightness(clip.frames), motion(clip.frames)
@@ -216,13 +174,6 @@ class Decoder:
             text = f"mean change per frame is {moved:.5f}; at least {self.settings.static_below:g} is asked for"
             return Skipped(clip.source, "near-static", text, clip.start_seconds, clip.index)
         return clip
-
-
-def _needed(cuts: range, frames: int) -> Sequence[int]:
-    """The positions on the clips' time grid that belong to any of the cuts, of which there is one at least, rising."""
-    if cuts.step <= frames:
-        return range(cuts[0], cuts[-1] + frames)
-    return list(chain.from_iterable(range(start, start + frames) for start in cuts))
 
 
 def probe(path: Path, settings: ClipSettings) -> Video:
@@ -250,13 +201,14 @@ def _probe_stream(path: Path, container: InputContainer, stream: VideoStream, se
         raise BadVideo(path, "damaged", "the codec of its video stream is not known")
     _check_size(path, stream.codec_context.width, stream.codec_context.height, settings)
     tick = float(stream.time_base or 0)
-    ticks, last = _packet_times(path, container, stream)
+    ticks, keys, last = _packet_times(path, container, stream)
     times = (ticks - ticks[0]) * tick
     end = float(times[-1]) + last * tick
     gap = float(np.diff(times, append=end).max())
     if gap > settings.maximum_gap_seconds:
         raise BadVideo(path, "gap", f"one frame stands for {gap:.1f} s; at most {settings.maximum_gap_seconds:g} s may")
     container.seek(0)
+    stream.codec_context.thread_count = 1
     frame = next(_pictures(path, container, stream, settings), None)
     if frame is None:
         raise BadVideo(path, "damaged", "not one of its frames can be decoded")
@@ -270,6 +222,7 @@ def _probe_stream(path: Path, container: InputContainer, stream: VideoStream, se
         stream=stream.index,
         videos=len(container.streams.video),
         ticks=ticks,
+        keys=keys,
         times=times,
         end=end,
         slack=max(TIME_SLACK, tick / 2 * (1 + 1e-6)),
@@ -280,9 +233,12 @@ def _probe_stream(path: Path, container: InputContainer, stream: VideoStream, se
     )
 
 
-def _packet_times(path: Path, container: InputContainer, stream: VideoStream) -> tuple[Integers, int]:
-    """The presentation times of all frames, rising, and how long the last one stands, in ticks."""
-    count, spans = 0, {}
+def _packet_times(path: Path, container: InputContainer, stream: VideoStream) -> tuple[Integers, Integers, int]:
+    """The times of all frames, rising, the indices of the key frames among them, and how long the last frame stands.
+
+    Times are in ticks of the stream's time base.
+    """
+    count, spans, key_ticks = 0, {}, set()
     for packet in container.demux(stream):
         if not packet.size:
             continue
@@ -293,6 +249,8 @@ def _packet_times(path: Path, container: InputContainer, stream: VideoStream) ->
             raise BadVideo(path, "damaged", f"frame {count} has no presentation time")
         if not packet.is_discard:
             spans[packet.pts] = packet.duration or 0
+            if packet.is_keyframe:
+                key_ticks.add(packet.pts)
     promised = len(stream.index_entries)
     if promised > count:
         raise BadVideo(path, "truncated", f"its index lists {promised} frames, its data holds {count}: cut short")
@@ -303,7 +261,10 @@ def _packet_times(path: Path, container: InputContainer, stream: VideoStream) ->
         raise BadVideo(path, "single-frame", "holds 1 frame; a video has at least 2")
     if len(ticks) < 2:
         raise BadVideo(path, "no-duration", f"its {count} frames all stand at one time: zero duration")
-    return ticks, spans[int(ticks[-1])] or int(np.median(np.diff(ticks)))
+    # A GIF calls every frame a key frame, and yet paints one over the other.
+    starts = key_ticks if container.format.name != "gif" else set()
+    keys = np.union1d([0], np.searchsorted(ticks, sorted(starts))).astype(np.int64)
+    return ticks, keys, spans[int(ticks[-1])] or int(np.median(np.diff(ticks)))
 
 
 def _check_file(path: Path) -> None:
@@ -350,12 +311,13 @@ def _unreadable(path: Path, error: av.FFmpegError) -> BadVideo:
 def _pictures(
     path: Path, container: InputContainer, stream: VideoStream, settings: ClipSettings
 ) -> Iterator[av.VideoFrame]:
-    """The decoded frames of a stream, on one thread. `BadVideo`: damaged, or suddenly too large."""
-    stream.codec_context.thread_count = 1
+    """The decoded frames of a stream from here on. `BadVideo`: damaged, or suddenly too large."""
     decoded = 0
     try:
         for frame in container.decode(stream):
             _check_size(path, frame.width, frame.height, settings)
+            if frame.is_corrupt:  # what is missing of it was guessed, and frames after it build on the guess
+                raise BadVideo(path, "damaged", f"the frame at tick {frame.pts} is damaged")
             decoded += 1
             yield frame
     except av.FFmpegError as error:
@@ -363,17 +325,46 @@ def _pictures(
 
 
 def decode_pyav(video: Video, sources: Integers, settings: ClipSettings) -> Iterator[Pixels]:
-    """Decode the frames with these indices, which rise, with PyAV: upright RGB, uint8 [H, W, 3]."""
+    """Decode the frames with these indices, which rise, with PyAV: upright RGB, uint8 [H, W, 3].
+
+    Frames that are not wanted are passed over by a seek where a key frame allows it. Raises `BadVideo`.
+    """
     with _open(video.path) as container:
         stream = container.streams[video.stream]
         assert isinstance(stream, VideoStream)
+        stream.codec_context.thread_count = 1
         pictures = _pictures(video.path, container, stream, settings)
-        for source in sources:
-            due = int(video.ticks[source])
-            frame = next((frame for frame in pictures if frame.pts is not None and frame.pts >= due), None)
-            if frame is None or frame.pts != due:
+        last = -1  # index of the frame decoded last
+        for source in sources.tolist():
+            key = int(video.keys[np.searchsorted(video.keys, source, side="right") - 1])
+            frame = None
+            if key - last > WORTH_A_SEEK:
+                container.seek(int(video.ticks[key]), stream=stream)
+                pictures = _pictures(video.path, container, stream, settings)
+                frame = _frame_at(video, source, pictures)
+                if frame is None:  # the seek went too far
+                    container.seek(0)
+                    pictures = _pictures(video.path, container, stream, settings)
+            frame = frame or _frame_at(video, source, pictures)
+            if frame is None:
                 raise BadVideo(video.path, "damaged", f"the frame at {video.times[source]:.3f} s cannot be decoded")
-            yield np.rot90(frame.to_ndarray(format="rgb24"), video.turns)
+            last = source
+            yield np.rot90(_rgb(frame), video.turns)
+
+
+def _rgb(frame: av.VideoFrame) -> Pixels:
+    """uint8 [H, W, 3]. Where a file does not name the matrix of its colours, its size decides, as in players."""
+    is_untagged_hd = frame.colorspace == UNTAGGED and max(frame.width / 16, frame.height / 9) >= 80
+    pixels = frame.to_ndarray(format="rgb24", src_colorspace=Colorspace.ITU709 if is_untagged_hd else None)
+    assert pixels.dtype == np.uint8
+    return cast(Pixels, pixels)
+
+
+def _frame_at(video: Video, source: int, pictures: Iterator[av.VideoFrame]) -> av.VideoFrame | None:
+    """Decode on to a frame; None when it does not come."""
+    due = int(video.ticks[source])
+    frame = next((frame for frame in pictures if frame.pts is not None and frame.pts >= due), None)
+    return frame if frame is not None and frame.pts == due else None
 
 
 class DecordGaveUp(Exception):
@@ -389,14 +380,13 @@ class DecordProcess:
     def __init__(self, decode_seconds: float) -> None:
         self._seconds = decode_seconds
         self._missing = False
-        self.process: subprocess.Popen[bytes] | None = None
-        self._link: Connection | None = None
-        self._stop: Callable[[], object] = int  # nothing to end yet
+        self.child: Child | None = None
 
     def close(self) -> None:
         """End the child, if there is one."""
-        self._stop()
-        self.process = self._link = None
+        if self.child:
+            self.child.close()
+        self.child = None
 
     def frames(self, video: Video, sources: Integers) -> Iterator[Pixels]:
         """Decode the frames with these indices, which rise: upright RGB, uint8 [H, W, 3]. Raises `DecordGaveUp`."""
@@ -416,7 +406,7 @@ class DecordProcess:
             yield from pictures
 
     def _request(self, message: dict[str, Any]) -> tuple[dict[str, Any], list[Pixels]]:
-        link = self._link or self._start()
+        link = (self.child or self._start()).link
         try:
             link.send_bytes(json.dumps(message).encode())
             reply = json.loads(link.recv_bytes())
@@ -428,37 +418,18 @@ class DecordProcess:
             raise DecordGaveUp("the process that decodes has died") from error
         return reply, pictures
 
-    def _start(self) -> Connection:
+    def _start(self) -> Child:
         if self._missing:
             raise DecordGaveUp("decord cannot be loaded")
-        ours, theirs = Pipe()
-        code = CHILD.format(module=__name__, link=theirs.fileno(), seconds=self._seconds)
-        path = os.pathsep.join(place or os.getcwd() for place in sys.path)
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", code],
-            pass_fds=[theirs.fileno()],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            env={**os.environ, "PYTHONPATH": path},
-        )
-        theirs.close()
-        self._stop = weakref.finalize(self, _end_child, self.process, ours)
+        self.child = Child(CHILD.format(module=__name__, seconds=self._seconds))
         try:
-            ours.recv_bytes()
+            self.child.link.recv_bytes()
         except (EOFError, OSError) as error:
             self.close()
             self._missing = True
-            warnings.warn("decord cannot be loaded; PyAV decodes in its place", RuntimeWarning, stacklevel=2)
+            warnings.warn("decord cannot be loaded", RuntimeWarning, stacklevel=2)
             raise DecordGaveUp("decord cannot be loaded") from error
-        self._link = ours
-        return ours
-
-
-def _end_child(process: "subprocess.Popen[bytes]", link: Connection) -> None:
-    link.close()
-    process.kill()
-    process.wait()
+        return self.child
 
 
 def serve_decord(descriptor: int, seconds: float) -> None:

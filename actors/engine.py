@@ -1,14 +1,99 @@
-"""The plain engine: one process, CPU or one GPU, torch alone. Holds a network, its optimisers and its average."""
+"""What a learner trains with: an engine, which holds a network, its optimisers and its average, and its ranks.
+
+`TorchEngine` and `OneRank` are the plain versions: one process, CPU or one GPU, torch alone.
+"""
 
 import copy
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 SMALLEST_MATRIX = 8  # weights with a side below this are no matrices for Muon
+FILE = "engine.pt"
+
+Number = TypeVar("Number", int, float)
+
+
+class Engine(Protocol):
+    """Trains one network, in one process or over many. Every rank makes the same calls in the same order."""
+
+    network: nn.Module  # what a forward pass calls; a wrapped module where weights are sharded
+    device: torch.device
+    updates: int  # optimiser steps done
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        """The precision of a forward pass."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate gradients. `loss` is scaled already: an update's losses sum to the rank's part of the mean.
+
+        Gradients are averaged over ranks, so a rank's part counts `size` times its share of the whole batch.
+        """
+        ...
+
+    def step(self) -> dict[str, float]:
+        """Clip, optimise, average; returns gradient_norm (before the clipping) and learning_rate.
+
+        FloatingPointError where a loss or a gradient was not finite: nothing is changed then.
+        """
+        ...
+
+    def weights(self) -> dict[str, Tensor]:
+        """All weights, whole, fp32, on the CPU. Every rank must call; only rank 0 must use the result."""
+        ...
+
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """Their moving average, as `weights`."""
+        ...
+
+    def save(self, folder: Path) -> None:
+        """Write all that training needs to go on. Every rank must call."""
+        ...
+
+    def load(self, folder: Path) -> None:
+        """Go on from what `save` wrote. FileNotFoundError where nothing is."""
+        ...
+
+
+class Ranks(Protocol):
+    """The processes of one training, and what they must agree on. Every rank makes the same calls."""
+
+    rank: int
+    size: int
+
+    def broadcast(self, value: Number) -> Number:
+        """Rank 0's value, on every rank."""
+        ...
+
+    def mean(self, values: dict[str, float]) -> dict[str, float]:
+        """The mean over ranks of each value; every rank gives the same names."""
+        ...
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        ...
+
+
+class OneRank:
+    """A training of one process."""
+
+    rank = 0
+    size = 1
+
+    def broadcast(self, value: Number) -> Number:
+        return value
+
+    def mean(self, values: dict[str, float]) -> dict[str, float]:
+        return values
+
+    def barrier(self) -> None:
+        pass
 
 
 @dataclass(frozen=True)
@@ -39,29 +124,54 @@ class OptimizerSettings:
 
 
 class TorchEngine:
-    """Trains one network in one process."""
+    """Trains one network in one process.
 
-    def __init__(self, network: nn.Module, settings: OptimizerSettings, device: torch.device | str = "cpu") -> None:
+    precision: of matrix products in a forward pass; float32 switches autocast off. Without an `ema_decay` the
+    average is the network itself, and costs no memory.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        settings: OptimizerSettings,
+        device: torch.device | str = "cpu",
+        precision: torch.dtype = torch.bfloat16,
+    ) -> None:
         self.network = network.to(device)
         self.settings = settings
         self.device = torch.device(device)
+        self.precision = precision
         self.updates = 0
-        self.average = copy.deepcopy(self.network).requires_grad_(False)
+        averages = settings.ema_decay > 0
+        self.average = copy.deepcopy(self.network).requires_grad_(False) if averages else self.network
+        self._loss: Tensor | None = None  # of the update that is being accumulated
         matrices = _matrices(self.network) if settings.muon else []
         # torch's Muon takes matrices: a kernel enters as a view [outputs, the rest] of its own memory.
         self._views = [(weight, nn.Parameter(weight.detach().flatten(1))) for weight in matrices]
         self._optimizers = _optimizers(self.network, self._views, settings)
 
     def autocast(self) -> torch.autocast:
-        """bfloat16 for what is safe in it, on any device."""
-        return torch.autocast(self.device.type, torch.bfloat16)
+        """`precision` for what is safe in it, on any device."""
+        enabled = self.precision in (torch.bfloat16, torch.float16)
+        return torch.autocast(self.device.type, self.precision if enabled else torch.bfloat16, enabled=enabled)
 
     def update(self, loss: Tensor) -> dict[str, float]:
-        """One optimiser step. FloatingPointError if the loss or a gradient is not finite: nothing is changed then."""
-        self.network.zero_grad(set_to_none=True)
+        """One optimiser step on one loss, see `step`."""
+        self._forget()
+        self.backward(loss)
+        return {"loss": loss.item(), **self.step()}
+
+    def backward(self, loss: Tensor) -> None:
         loss.backward()
+        detached = loss.detach().double()
+        self._loss = detached if self._loss is None else self._loss + detached
+
+    def step(self) -> dict[str, float]:
+        assert self._loss is not None, "a step without a backward"
+        loss = self._loss
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), self.settings.clip_norm)
-        if not bool(torch.isfinite(norm) & torch.isfinite(loss.detach())):
+        if not bool(torch.isfinite(norm) & torch.isfinite(loss)):
+            self._forget()
             raise FloatingPointError(f"update {self.updates}: loss {loss.item()}, gradient norm {norm.item()}")
         rate = self.settings.rate(self.updates)
         for weight, view in self._views:
@@ -72,29 +182,60 @@ class TorchEngine:
             optimizer.step()
         self.updates += 1
         self._follow()
-        return {"loss": loss.item(), "gradient_norm": norm.item(), "learning_rate": rate}
+        self._forget()
+        return {"gradient_norm": norm.item(), "learning_rate": rate}
+
+    def weights(self) -> dict[str, Tensor]:
+        return _whole(self.network)
+
+    def averaged_weights(self) -> dict[str, Tensor]:
+        return _whole(self.average)
+
+    def save(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        torch.save(self.state_dict(), folder / FILE)
+
+    def load(self, folder: Path) -> None:
+        if not (folder / FILE).is_file():
+            raise FileNotFoundError(f"{folder / FILE}: no such file; the checkpoint is not one of the plain engine")
+        self.load_state_dict(torch.load(folder / FILE, map_location="cpu", weights_only=True))
+
+    def _forget(self) -> None:
+        """Drop what is accumulated."""
+        self.network.zero_grad(set_to_none=True)
+        self._loss = None
 
     @torch.no_grad()
     def _follow(self) -> None:
         """Move the average towards the weights; early on it forgets faster, so that it never lags far behind."""
+        if self.average is self.network:
+            return
         decay = min(self.settings.ema_decay, (1 + self.updates) / (10 + self.updates))
         pairs = (list(self.average.parameters()), list(self.network.parameters()))
         torch._foreach_lerp_(*pairs, 1 - decay)
 
     def state_dict(self) -> dict[str, Any]:
+        averages = self.average is not self.network
         return {
             "network": self.network.state_dict(),
-            "average": self.average.state_dict(),
+            "average": self.average.state_dict() if averages else {},
             "optimizers": [optimizer.state_dict() for optimizer in self._optimizers],
             "updates": self.updates,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.network.load_state_dict(state["network"])
-        self.average.load_state_dict(state["average"])
+        if self.average is not self.network:
+            self.average.load_state_dict(state["average"])
         for optimizer, saved in zip(self._optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(saved)
         self.updates = state["updates"]
+
+
+def _whole(network: nn.Module) -> dict[str, Tensor]:
+    """A copy of the weights, fp32, on the CPU."""
+    state = network.state_dict()
+    return {name: value.detach().to("cpu", torch.float32, copy=True) for name, value in state.items()}
 
 
 def _matrices(network: nn.Module) -> list[nn.Parameter]:

@@ -1,4 +1,4 @@
-"""One training step of the tiny VAE, and of the teacher with its text encoder."""
+"""One training step of the tiny VAE, of the teacher with its text encoder, and of a teacher that is tuned."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..kernels.objectives.flow_matching import flow_matching_loss
 from ..kernels.objectives.reconstruction import psnr, reconstruction_loss
+from ..kernels.wan.context import TextContext
 from ..kernels.wan.text import TextEncoder
 from ..kernels.wan.transformer import VideoTransformer
 from ..kernels.wan.vae import StreamingVAE
@@ -80,17 +81,9 @@ class TeacherLearner:
     def step(self, batch: TeacherBatch) -> dict[str, float]:
         networks: Any = self.engine.network
         device = self.engine.device
-        frames = batch.latents.shape[1]
-        clean, noise = batch.latents.to(device).float(), batch.noise.to(device)
-        timesteps = batch.timesteps.to(device)[:, None].expand(-1, frames)
         with self.engine.autocast():
             context = self._encoder.embed(batch.token_ids.to(device), batch.token_mask.to(device))
-
-            def velocity(noisy: Tensor, levels: Tensor) -> Tensor:
-                predicted: Tensor = networks["transformer"](noisy, levels, context)
-                return predicted.float()
-
-            loss = flow_matching_loss(velocity, clean, noise, timesteps).loss
+            loss = _velocity_loss(networks["transformer"], batch, context, device)
         return self.engine.update(loss)
 
     def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -107,3 +100,53 @@ class TeacherLearner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.engine.load_state_dict(state)
+
+
+class TeacherTuner:
+    """Trains a given transformer further by flow matching; its text encoder stays as it is."""
+
+    def __init__(
+        self,
+        transformer: VideoTransformer,
+        encoder: TextEncoder,
+        settings: OptimizerSettings,
+        device: str = "cpu",
+    ) -> None:
+        self._encoder = encoder.requires_grad_(False).eval().to(device)
+        self.engine = TorchEngine(transformer.requires_grad_(True), settings, device)
+
+    def step(self, batch: TeacherBatch) -> dict[str, float]:
+        device = self.engine.device
+        with self.engine.autocast():
+            with torch.no_grad():
+                context = self._encoder.embed(batch.token_ids.to(device), batch.token_mask.to(device))
+            loss = _velocity_loss(self.engine.network, batch, context, device)
+        return self.engine.update(loss)
+
+    def tokenize(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
+        """Token ids and mask [B, M]."""
+        return self._encoder.tokenize(prompts)
+
+    def averaged(self) -> VideoTransformer:
+        """The averaged network: what is exported."""
+        average = self.engine.average
+        assert isinstance(average, VideoTransformer)
+        return average
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.engine.state_dict()
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.engine.load_state_dict(state)
+
+
+def _velocity_loss(transformer: nn.Module, batch: TeacherBatch, context: TextContext, device: torch.device) -> Tensor:
+    """The flow-matching loss of a batch, every frame of a clip at the clip's one timestep."""
+    clean, noise = batch.latents.to(device).float(), batch.noise.to(device)
+    timesteps = batch.timesteps.to(device)[:, None].expand(-1, clean.shape[1])
+
+    def velocity(noisy: Tensor, levels: Tensor) -> Tensor:
+        predicted: Tensor = transformer(noisy, levels, context)
+        return predicted.float()
+
+    return flow_matching_loss(velocity, clean, noise, timesteps).loss

@@ -4,17 +4,20 @@ import csv
 import itertools
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-VIDEO_SUFFIXES: Final = (".mp4", ".webm", ".mov", ".mkv", ".gif")
+from ..actors.sources import VIDEO_SUFFIXES
+
 NAME_COLUMNS: Final = ("file", "path", "video")
 CAPTION_COLUMNS: Final = ("caption", "text", "prompt")
+READERS: Final = 16  # captions beside videos that are read at once: enough to hide an object store's latency
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ def read_captions(source: Path) -> Reading:
     as a whole is no such table; the line names the file and the columns found.
     """
     if source.is_dir():
-        return _collect(_beside(source))
+        return read_beside(*_found_in(source), lambda name: (source / name).read_bytes())
     if not source.exists():
         raise FileNotFoundError(f"{source}: no such captions; a table or a folder of videos is needed")
     readers: dict[str, Callable[[Path], Iterator[Record | CaptionProblem]]] = {
@@ -54,6 +57,14 @@ def read_captions(source: Path) -> Reading:
     if source.suffix.lower() not in readers:
         raise ValueError(f"{source}: captions are read from {', '.join(readers)} or a folder, not '{source.suffix}'")
     return _collect(readers[source.suffix.lower()](source))
+
+
+def read_beside(videos: Sequence[str], texts: Collection[str], read: Callable[[str], bytes]) -> Reading:
+    """Read the captions of videos from the text files beside them: {name: caption}, and what is wrong with the rest.
+
+    videos, texts: names of what is there. read: gives a text file's bytes.
+    """
+    return _collect(_beside(videos, texts, read))
 
 
 def _collect(records: Iterator[Record | CaptionProblem]) -> Reading:
@@ -181,14 +192,33 @@ def _raw(column: pa.Array) -> list[bytes | None]:
     return plain.cast(pa.binary_view() if pa.types.is_string_view(plain.type) else pa.large_binary()).to_pylist()
 
 
-def _beside(folder: Path) -> Iterator[Record]:
-    found = False
-    for video in sorted(folder.rglob("*")):
-        if video.suffix.lower() not in VIDEO_SUFFIXES or video.is_dir():
-            continue
-        found = True
-        name = video.relative_to(folder).as_posix()
-        beside = video.with_suffix(".txt")
-        yield name, name, beside.read_bytes() if beside.is_file() else None
-    if not found:
+def _found_in(folder: Path) -> tuple[list[str], set[str]]:
+    """Names of the videos in a folder, sorted, and of its text files."""
+    files = [path for path in sorted(folder.rglob("*")) if not path.is_dir()]
+    names = {path: path.relative_to(folder).as_posix() for path in files}
+    videos = [name for path, name in names.items() if path.suffix.lower() in VIDEO_SUFFIXES]
+    if not videos:
         raise ValueError(f"{folder}: no video in it ({', '.join(VIDEO_SUFFIXES)})")
+    return videos, {name for path, name in names.items() if path.suffix == ".txt"}
+
+
+def _beside(
+    videos: Sequence[str], texts: Collection[str], read: Callable[[str], bytes]
+) -> Iterator[Record | CaptionProblem]:
+    def content(name: str) -> bytes | OSError | None:
+        beside = PurePosixPath(name).with_suffix(".txt").as_posix()
+        if beside not in texts:
+            return None
+        try:
+            return read(beside)
+        except (FileNotFoundError, PermissionError) as error:
+            return error
+
+    with ThreadPoolExecutor(READERS) as readers:
+        for name, found in zip(videos, readers.map(content, videos), strict=True):
+            if isinstance(found, OSError):
+                yield CaptionProblem(
+                    name, "unreadable", f"{name}: its text file cannot be read ({type(found).__name__})"
+                )
+            else:
+                yield name, name, found

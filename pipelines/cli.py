@@ -16,9 +16,15 @@ COMMANDS = {
     "bench": "Measure a streaming student and its teacher: speed, latency, memory, and their floor.",
     "checkpoint": "Inspect, import and export checkpoints of video transformers.",
     "demo": "Stream a video and write it to demo/.",
+    "distill": "Distil an initialised student from its teacher: CausVid, Self-Forcing, long rollouts.",
+    "evaluate": "Grade models over a sweep of prompts, seeds and settings; write a report.",
+    "ingest": "Make latent shards from real videos and their captions.",
+    "initialize": "Train a causal student on a teacher's trajectories (ODE initialisation).",
+    "pretrain": "Train a tiny VAE, text encoder and teacher on the sprites world.",
+    "rollout": "Stream videos from a student: from text, an image or a video, of any length.",
     "shards": "Inspect, verify and repair data sets of shards.",
     "sprites": "Look at the embedded video world; grade models and videos in it.",
-    "pretrain": "Train a tiny VAE, text encoder and teacher on the sprites world.",
+    "trajectories": "Make a teacher's ODE trajectories for a set of prompts.",
 }
 USER_ERRORS = (ValueError, OSError)
 

@@ -1,4 +1,7 @@
-"""`reelway pretrain`: the VAE, the latents, the teacher, one after the other; what is done is skipped."""
+"""`reelway pretrain`: the VAE, the latents, the teacher, one after the other; what is done is skipped.
+
+With `--latents` and `--init`: a given teacher, trained further on latent shards.
+"""
 
 import enum
 import json
@@ -10,11 +13,15 @@ import torch
 import typer
 from rich.console import Console
 
+from ..cluster.storage import Storage
 from .models import write_model
+from .pretraining.finetune import check_inputs, fine_tune, origin
 from .pretraining.latents import make_latents
 from .pretraining.teacher import train_teacher
 from .pretraining.vae import train_vae
-from .recipe import TINY, PretrainRecipe, fingerprint, load_recipe
+from .recipe import TINY, FineTuneRecipe, PretrainRecipe, fingerprint, load_recipe
+
+RUN, TUNED = Path("runs/tiny"), Path("runs/tuned")
 
 app = typer.Typer(add_completion=False, help="Train a tiny VAE, text encoder and teacher on the sprites world.")
 
@@ -28,31 +35,62 @@ class Stage(enum.StrEnum):
 @app.command()
 def pretrain_command(
     recipe: Annotated[Path, typer.Option(help="Recipe file; the tiny one ships with the package.")] = TINY,
-    run: Annotated[Path, typer.Option(help="Folder of the run; an interrupted run goes on there.")] = Path("runs/tiny"),
+    run: Annotated[
+        Path | None,
+        typer.Option(help=f"Folder of the run, where an interrupted one goes on; {RUN}, {TUNED} if tuning."),
+    ] = None,
     stage: Annotated[list[Stage] | None, typer.Option(help="Only these stages (may be repeated).")] = None,
     vae: Annotated[Path | None, typer.Option(help="Use this trained VAE folder instead of training one.")] = None,
+    latents: Annotated[
+        str | None, typer.Option(metavar="DATASET", help="Fine-tune: train on this set of latent shards.")
+    ] = None,
+    init: Annotated[Path | None, typer.Option(help="Fine-tune: begin with this teacher's folder.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     override: Annotated[list[str] | None, typer.Option("--set", help="a.b=value: change the recipe.")] = None,
 ) -> None:
     """Train in RUN; the finished model is RUN/model, in the diffusers layout."""
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: no CUDA device here")
-    section = load_recipe(recipe, override).pretrain
+    content = load_recipe(recipe, override)
+    is_tuning = latents is not None or init is not None
+    folder = run or (TUNED if is_tuning else RUN)
+    try:
+        if is_tuning:
+            tune(content.finetune, folder, *_tuning_inputs(latents, init, stage, vae), device=device)
+        else:
+            _pretrain_from_nothing(content.pretrain, recipe, folder, vae, stage, device)
+    except KeyboardInterrupt:
+        console = Console(stderr=True)
+        console.print(f"Stopped; what was done is kept in {folder}. The same command goes on from there.")
+        raise typer.Exit(130) from None
+
+
+def _pretrain_from_nothing(
+    section: PretrainRecipe | None, recipe: Path, run: Path, vae: Path | None, stage: list[Stage] | None, device: str
+) -> None:
     if section is None:
         raise ValueError(f"recipe {recipe}: has no section 'pretrain'")
     if vae is not None:
         _adopt_vae(vae, run)
-    console = Console(stderr=True)
-    try:
-        pretrain(section, run, stages=set(stage or Stage), device=device)
-    except KeyboardInterrupt:
-        console.print(f"Stopped; what was done is kept in {run}. The same command goes on from there.")
-        raise typer.Exit(130) from None
+    pretrain(section, run, stages=set(stage or Stage), device=device)
+
+
+def _tuning_inputs(
+    latents: str | None, init: Path | None, stage: list[Stage] | None, vae: Path | None
+) -> tuple[Storage, Path]:
+    """The data set and the model of a fine-tuning; ValueError for options that do not go together."""
+    if latents is None or init is None:
+        raise ValueError("--latents, --init: fine-tuning needs both, the data set and the model to begin with")
+    if set(stage or ()) - {Stage.teacher}:
+        raise ValueError(f"--stage {', '.join(stage or ())}: fine-tuning has one stage, the teacher's")
+    if vae is not None:
+        raise ValueError(f"--vae {vae}: fine-tuning takes the VAE of --init, which must be the one of the latents")
+    return Storage.open(latents), init
 
 
 def pretrain(recipe: PretrainRecipe, run: Path, *, stages: set[Stage], device: str = "cpu") -> None:
     """Run the stages in `run`, going on where an earlier call stopped."""
-    _claim(recipe, run)
+    _claim(run, "pretrain", recipe.model_dump(mode="json"))
     if Stage.vae in stages:
         train_vae(recipe, run, device)
     if Stage.latents in stages:
@@ -60,6 +98,13 @@ def pretrain(recipe: PretrainRecipe, run: Path, *, stages: set[Stage], device: s
     if Stage.teacher in stages:
         learner = train_teacher(recipe, run, device)
         write_model(run / "model", *learner.averaged(), shift=recipe.teacher.shift)
+
+
+def tune(recipe: FineTuneRecipe, run: Path, latents: Storage, init: Path, *, device: str = "cpu") -> None:
+    """Train the teacher `init` further on the data set `latents`, going on where an earlier call stopped."""
+    check_inputs(latents, init)
+    _claim(run, "finetune", {**recipe.model_dump(mode="json"), **origin(latents, init)})
+    fine_tune(recipe, run, latents, init, device)
 
 
 def _adopt_vae(source: Path, run: Path) -> None:
@@ -72,16 +117,17 @@ def _adopt_vae(source: Path, run: Path) -> None:
         temporary.replace(target)
 
 
-def _claim(recipe: PretrainRecipe, run: Path) -> None:
-    """Write the resolved recipe beside the results; ValueError if the folder holds another recipe's results."""
+def _claim(run: Path, section: str, content: dict[str, Any]) -> None:
+    """Write the resolved section beside the results; ValueError if the folder holds another one's results."""
     run.mkdir(parents=True, exist_ok=True)
     path = run / "recipe.json"
-    content = recipe.model_dump(mode="json")
     if path.exists():
-        before = json.loads(path.read_text())["pretrain"]
-        if before != content:
-            raise ValueError(f"{run}: made with another recipe; {_differences(before, content)}")
-    path.write_text(json.dumps({"fingerprint": fingerprint(recipe), "pretrain": content}, indent=2) + "\n")
+        before = json.loads(path.read_text())
+        if section not in before:
+            raise ValueError(f"{run}: holds the results of {', '.join(before.keys() - {'fingerprint'})}, not {section}")
+        if before[section] != content:
+            raise ValueError(f"{run}: made with another recipe; {_differences(before[section], content)}")
+    path.write_text(json.dumps({"fingerprint": fingerprint(content), section: content}, indent=2) + "\n")
 
 
 def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:

@@ -196,6 +196,16 @@ class TrainingRecipe(Strict):
         return self
 
 
+class FineTuneRecipe(Strict):
+    """Flow-matching training of a given teacher on latent shards; the shift is the model's own."""
+
+    seed: int = 0
+    steps: Positive = 1000
+    batch: Positive = 16
+    prompt_drop: Share = 0.1
+    optimizer: TrainingOptimizerRecipe = TrainingOptimizerRecipe(learning_rate=1e-5, clip_norm=1.0, ema_decay=0.99)
+
+
 class InitializeRecipe(TrainingRecipe):
     """ODE initialisation (CausVid, arXiv 2412.07772, section 4.3): 3,000 steps of 128 at 2e-6 there."""
 
@@ -252,6 +262,7 @@ class Recipe(Strict):
     """One file of `configs/`: a section per job. `pretrain` only where a model is trained from nothing."""
 
     pretrain: PretrainRecipe | None = None
+    finetune: FineTuneRecipe = FineTuneRecipe()
     clip: ClipRecipe
     student: StudentRecipe = StudentRecipe()
     ingest: IngestRecipe = IngestRecipe()

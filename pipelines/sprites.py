@@ -103,20 +103,33 @@ def score(
     out: Annotated[Path | None, typer.Option(help="Also write the table as JSON.")] = None,
 ) -> None:
     """Grade a teacher, and its VAE's reconstructions, beside the renderings themselves."""
-    chosen = _prompts(split, count, seed, level)
-    scenes = [scene for _, scene in chosen]
-    teacher = Teacher.from_pretrained(model)
-    renderings = _renderings(chosen, split, seed, level)
-    columns = {
-        "rendering": judge(renderings, scenes, level=level),
-        "reconstruction": judge(teacher.reconstruct(renderings), scenes, level=level),
-        "teacher": judge(sample(teacher, chosen, steps=steps, guidance=guidance, seed=seed), scenes, level=level),
-    }
+    teacher, chosen = Teacher.from_pretrained(model), _prompts(split, count, seed, level)
+    columns = grade_teacher(teacher, chosen, split=split, level=level, steps=steps, guidance=guidance, seed=seed)
     Console().print(_columns(f"{count} {split} prompts, level {level}", columns))
     if out is not None:
         settings = {"split": split, "count": count, "level": level, "steps": steps, "guidance": guidance, "seed": seed}
         tables = {name: verdict.table for name, verdict in columns.items()}
         out.write_text(json.dumps({"settings": settings, "scores": tables}, indent=2) + "\n")
+
+
+def grade_teacher(
+    teacher: Teacher,
+    chosen: list[tuple[str, Scene]],
+    *,
+    split: str,
+    level: int,
+    steps: int,
+    guidance: float,
+    seed: int,
+) -> dict[str, Verdict]:
+    """Verdicts of the prompts' renderings, of these after the VAE, and of the teacher's own videos."""
+    scenes = [scene for _, scene in chosen]
+    renderings = _renderings(chosen, split, seed, level)
+    return {
+        "rendering": judge(renderings, scenes, level=level),
+        "reconstruction": judge(teacher.reconstruct(renderings), scenes, level=level),
+        "teacher": judge(sample(teacher, chosen, steps=steps, guidance=guidance, seed=seed), scenes, level=level),
+    }
 
 
 def sample(

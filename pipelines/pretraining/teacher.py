@@ -1,6 +1,7 @@
 """Stage 3: the teacher and its text encoder, trained by flow matching on the latents."""
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -73,17 +74,33 @@ def _sheet(recipe: PretrainRecipe, learner: TeacherLearner, vae: StreamingVAE, p
 def batch_at(recipe: PretrainRecipe, learner: TeacherLearner, data: LatentSet, step: int) -> TeacherBatch:
     """The batch of a step: clips in a new order every epoch, some prompts dropped, fresh timesteps and noise."""
     teacher = recipe.teacher
-    generator = torch.Generator().manual_seed(recipe.seed * 1_000_003 + step)
     rows = _rows(len(data.captions), teacher.batch, step, recipe.seed)
-    dropped = torch.rand(teacher.batch, generator=generator) < teacher.prompt_drop
-    prompts = ["" if drop else data.captions[row] for row, drop in zip(rows.tolist(), dropped.tolist(), strict=True)]
-    ids, mask = learner.tokenize(prompts)
-    latents = data.latents[rows]
+    clips = LatentSet(data.latents[rows], [data.captions[row] for row in rows.tolist()])
+    return noised(clips, learner.tokenize, step_generator(recipe.seed, step), teacher.shift, teacher.prompt_drop)
+
+
+def step_generator(seed: int, step: int) -> torch.Generator:
+    """The random numbers of one step of a run."""
+    return torch.Generator().manual_seed(seed * 1_000_003 + step)
+
+
+def noised(
+    clips: LatentSet,
+    tokenize: Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]],
+    generator: torch.Generator,
+    shift: float,
+    prompt_drop: float,
+) -> TeacherBatch:
+    """A batch of these clips: some prompts dropped, a timestep for each clip, and noise."""
+    batch = len(clips.captions)
+    dropped = torch.rand(batch, generator=generator) < prompt_drop
+    pairs = zip(clips.captions, dropped.tolist(), strict=True)
+    ids, mask = tokenize(["" if drop else caption for caption, drop in pairs])
     # Stratified over the batch: each step sees every noise level, which calms the gradient.
-    uniform = (torch.arange(teacher.batch) + torch.rand(teacher.batch, generator=generator)) / teacher.batch
-    levels = 1000 * shift_sigma(uniform[torch.randperm(teacher.batch, generator=generator)], teacher.shift)
-    noise = torch.randn(latents.shape, generator=generator)
-    return TeacherBatch(latents, ids, mask, levels, noise)
+    uniform = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
+    levels = 1000 * shift_sigma(uniform[torch.randperm(batch, generator=generator)], shift)
+    noise = torch.randn(clips.latents.shape, generator=generator)
+    return TeacherBatch(clips.latents, ids, mask, levels, noise)
 
 
 def _rows(clips: int, batch: int, step: int, seed: int) -> torch.Tensor:

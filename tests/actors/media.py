@@ -48,6 +48,7 @@ def write_video(
     rotation: int = 0,
     aspect: Fraction | None = None,
     muxer: dict[str, str] | None = None,
+    encoder: dict[str, str] | None = None,
     keyframes: int = 12,
 ) -> Path:
     """Encode pictures. times: seconds of each, to the millisecond, instead of a constant rate.
@@ -63,6 +64,7 @@ def write_video(
                 stream.height, stream.width, stream.pix_fmt = *picture.shape[:2], pixels
                 stream.codec_context.time_base = base
                 stream.codec_context.gop_size = keyframes
+                stream.codec_context.options = encoder or {}
                 if rotation:
                     stream.set_display_rotation(rotation)
                 if aspect:

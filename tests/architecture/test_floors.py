@@ -26,11 +26,12 @@ DOORS = {
     "webdataset": {"cluster/shards.py"},
     "decord": {"actors/decoder.py"},
     "av": {"actors/decoder.py"},
-    "diffusers": {"kernels/wan/vae.py", "pipelines/pretraining/export.py"},
+    "diffusers": {"kernels/wan/vae.py", "pipelines/models.py"},
     "transformers": {"kernels/wan/text.py"},
     "tokenizers": {"kernels/wan/text.py"},
     "ftfy": {"kernels/wan/text.py"},
     "triton": {"kernels/ops/"},
+    "lmdb": {"pipelines/lmdb_import.py"},
     "torchao": {"actors/bench.py"},
 }
 

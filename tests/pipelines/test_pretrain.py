@@ -1,6 +1,7 @@
 """`reelway pretrain` on a tiny world: every stage, an interruption, a second run, and what diffusers makes of it."""
 
 import json
+import shutil
 import signal
 from pathlib import Path
 
@@ -9,10 +10,18 @@ import torch
 from diffusers import WanPipeline
 from typer.testing import CliRunner
 
+from reelway.actors.encoder import vae_digest
+from reelway.actors.teacher import Teacher
+from reelway.cluster.dataset import DatasetInfo, TensorSpec, create_dataset
+from reelway.cluster.manifest import merge_manifest, plan
+from reelway.cluster.shards import write_shard
+from reelway.cluster.storage import Storage
+from reelway.kernels.sprites.captions import VOCABULARY
+from reelway.kernels.wan.text import TextEncoder
 from reelway.pipelines import pretrain as job
 from reelway.pipelines.pretraining import loop
 from reelway.pipelines.pretraining.loop import read_curve
-from reelway.pipelines.recipe import PretrainRecipe, load_recipe
+from reelway.pipelines.recipe import FineTuneRecipe, PretrainRecipe, load_recipe
 
 RECIPE = Path(__file__).parents[2] / "configs" / "tiny.yaml"
 SMALL = [
@@ -119,3 +128,162 @@ def test_mistakes_are_named(arguments: list[str], message: str, tmp_path: Path) 
     result = CliRunner().invoke(job.app, [*arguments, "--run", str(tmp_path)])
     assert isinstance(result.exception, ValueError | FileNotFoundError)
     assert message in str(result.exception)
+
+
+# --- Fine-tuning -------------------------------------------------------------------------------------------
+
+CLIPS, CLIP = 5, (3, 16, 4, 4)
+TUNING = FineTuneRecipe(steps=4, batch=2)  # its third batch goes over the end of the first epoch
+
+
+def _latent_set(folder: Path, shape: tuple[int, ...] = CLIP, vae: str | None = None) -> Storage:
+    info = DatasetInfo(
+        kind="latents",
+        fields={"latents.safetensors": {"latents": TensorSpec(shape=shape, dtype="float16")}, "caption.txt": {}},
+        made_by={"command": "test"} | ({} if vae is None else {"vae": vae}),
+        fingerprint=f"clips of {shape}",
+    )
+    storage = Storage.open(folder)
+    create_dataset(storage, info)
+    generator = torch.Generator().manual_seed(5)
+    clips = {f"k{i}": torch.randn(shape, generator=generator).half() for i in range(CLIPS)}
+    for shard in plan(list(clips), 2, info.fingerprint):
+        words = {key: f"a {VOCABULARY[int(key[1])]} star" for key in shard.keys}
+        samples = ((k, {"latents.safetensors": {"latents": clips[k]}, "caption.txt": words[k]}) for k in shard.keys)
+        write_shard(storage, shard, samples)
+    merge_manifest(storage)
+    return storage
+
+
+@pytest.fixture(scope="module")
+def latents(tmp_path_factory: pytest.TempPathFactory) -> Storage:
+    return _latent_set(tmp_path_factory.mktemp("latents") / "set")
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory: pytest.TempPathFactory, latents: Storage, small_teacher: Path) -> Path:
+    folder = tmp_path_factory.mktemp("tuned") / "run"
+    job.tune(TUNING, folder, latents, small_teacher)
+    return folder
+
+
+def _files(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_tuning_moves_the_transformer_and_nothing_else(tuned: Path, small_teacher: Path) -> None:
+    before, after = _files(small_teacher), _files(tuned / "model")
+    assert before.keys() == after.keys()
+    weights = "transformer/diffusion_pytorch_model.safetensors"
+    assert {name for name in before if before[name] != after[name]} - {"transformer/config.json"} == {weights}
+    assert Teacher.from_pretrained(tuned / "model").shift == Teacher.from_pretrained(small_teacher).shift
+    assert [row["step"] for row in read_curve(tuned / "teacher" / "curve.jsonl")] == [0, 1, 2, 3]
+
+
+def test_tuning_begins_with_the_given_weights(tmp_path: Path, latents: Storage, small_teacher: Path) -> None:
+    """At a rate of next to nothing the model that comes out is the model that went in."""
+    still = FineTuneRecipe(steps=1, batch=2, optimizer={"learning_rate": 1e-30, "weight_decay": 0.0})
+    job.tune(still, tmp_path / "run", latents, small_teacher)
+    before, after = (Teacher.from_pretrained(path).transformer for path in (small_teacher, tmp_path / "run" / "model"))
+    for name, value in before.state_dict().items():
+        torch.testing.assert_close(after.state_dict()[name], value, rtol=0, atol=1e-20)
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_tuning_goes_on_with_the_data_it_had_not_seen(
+    tuned: Path,
+    tmp_path: Path,
+    latents: Storage,
+    small_teacher: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop_after: int,
+) -> None:
+    append = loop.Curve.append
+
+    def interrupted(self: loop.Curve, row: dict[str, float]) -> None:
+        append(self, row)
+        if row["step"] + 1 == stop_after:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(loop.Curve, "append", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        job.tune(TUNING, tmp_path / "run", latents, small_teacher)
+    monkeypatch.undo()
+    job.tune(TUNING, tmp_path / "run", latents, small_teacher)
+    found, expected = (
+        torch.load(folder / "teacher" / "checkpoint.pt", weights_only=True)["learner"]
+        for folder in (tmp_path / "run", tuned)
+    )
+    assert found["clips"] == expected["clips"]
+    assert found["clips"]["reader"]["epoch"] == 1
+    weights = expected["tuner"]["network"]
+    assert all(torch.equal(found["tuner"]["network"][name], value) for name, value in weights.items())
+    assert _files(tmp_path / "run" / "model") == _files(tuned / "model")
+
+
+def test_tuning_by_the_command_line(tuned: Path, tmp_path: Path, latents: Storage, small_teacher: Path) -> None:
+    small = ["--set", "finetune.steps=4", "--set", "finetune.batch=2"]
+    arguments = ["--latents", latents.uri, "--init", str(small_teacher), "--run", str(tmp_path), *small]
+    result = CliRunner().invoke(job.app, arguments)
+    assert result.exit_code == 0, result.output
+    assert _files(tmp_path / "model") == _files(tuned / "model")
+
+
+def test_tuning_from_another_model_or_in_another_runs_folder_is_refused(
+    run: Path, tuned: Path, tmp_path: Path, latents: Storage, small_teacher: Path, small_student: Path
+) -> None:
+    with pytest.raises(ValueError, match="is a student; fine-tuning takes the bidirectional teacher"):
+        job.tune(TUNING, tmp_path / "run", latents, small_student)
+    assert not (tmp_path / "run").exists()
+    other = tmp_path / "other"
+    shutil.copytree(small_teacher, other)
+    job.write_model(other, Teacher.from_pretrained(run / "model").transformer, _encoder(other), shift=3.0)
+    with pytest.raises(ValueError, match=r"made with another recipe; init is \w{64} there and \w{64} now"):
+        job.tune(TUNING, tuned, latents, other)
+    with pytest.raises(ValueError, match="holds the results of pretrain, not finetune"):
+        job.tune(TUNING, run, latents, small_teacher)
+
+
+def _encoder(folder: Path) -> TextEncoder:
+    return TextEncoder.from_pretrained(folder)
+
+
+@pytest.mark.parametrize(
+    ("shape", "words"),
+    [
+        ((3, 8, 4, 4), "have 8 channels, the model takes 16"),
+        ((3, 16, 5, 4), "latent size 5x4 is not a multiple of the patch 2x2"),
+        ((2, 3, 16, 4, 4), r"must be clips \[F, C, H, W\] of one size, got \[2, 3, 16, 4, 4\]"),
+    ],
+)
+def test_latents_that_the_model_does_not_take_are_refused(
+    tmp_path: Path, small_teacher: Path, shape: tuple[int, ...], words: str
+) -> None:
+    with pytest.raises(ValueError, match=rf"dataset\.json: .*{words}"):
+        job.tune(TUNING, tmp_path / "run", _latent_set(tmp_path / "set", shape), small_teacher)
+    assert not (tmp_path / "run").exists()
+
+
+def test_latents_of_another_vae_are_refused(tmp_path: Path, small_teacher: Path) -> None:
+    with pytest.raises(ValueError, match=r"dataset\.json: vae: the latents were made with another VAE"):
+        job.tune(TUNING, tmp_path / "run", _latent_set(tmp_path / "set", vae="0123"), small_teacher)
+    assert not (tmp_path / "run").exists()
+    own = _latent_set(tmp_path / "own", vae=vae_digest(small_teacher))
+    job.tune(FineTuneRecipe(steps=1, batch=1), tmp_path / "run", own, small_teacher)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--latents", "set"], "--latents, --init: fine-tuning needs both"),
+        (["--init", "model"], "--latents, --init: fine-tuning needs both"),
+        (["--latents", "set", "--init", "model", "--stage", "vae"], "--stage vae: fine-tuning has one stage"),
+        (["--latents", "set", "--init", "model", "--vae", "v"], "--vae v: fine-tuning takes the VAE of --init"),
+        (["--latents", "set", "--init", "model"], "model/transformer/config.json: no such file"),
+    ],
+)
+def test_mistakes_of_tuning_are_named(arguments: list[str], message: str, tmp_path: Path) -> None:
+    result = CliRunner().invoke(job.app, [*arguments, "--run", str(tmp_path / "run")])
+    assert isinstance(result.exception, ValueError | FileNotFoundError)
+    assert message in str(result.exception)
+    assert not (tmp_path / "run").exists()

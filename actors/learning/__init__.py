@@ -1,0 +1,1 @@
+"""One training step per method: ODE regression, causal flow matching, distribution matching."""

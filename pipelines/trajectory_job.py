@@ -1,0 +1,195 @@
+"""What `reelway trajectories` has to make: from a recipe, a teacher and prompts to planned shards."""
+
+import textwrap
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+import pyarrow
+import torch
+
+from ..actors.model_files import (
+    check_model,
+    latents_shape,
+    loading_bytes,
+    transformer_config,
+    velocity_digest,
+)
+from ..actors.trajectories import SAMPLE_FORMAT, TrajectorySettings, TrajectoryWorker, device_kind, shard_bytes
+from ..cluster.dataset import INFO, DatasetInfo, read_dataset
+from ..cluster.manifest import ShardPlan, pending, plan
+from ..cluster.storage import Storage
+from ..kernels.diffusion.sampler import recording_grid
+from .recipe import Recipe, fingerprint
+
+KIND: Final = "trajectories"
+WORKER_BYTES: Final = 1 << 30  # of a worker without a model: Python, torch, the libraries
+STATES_HELD: Final = 4  # copies of a batch's path, in float32, that are alive at once
+
+
+@dataclass(frozen=True)
+class Order:
+    """What a user asked for. teacher: a model folder, as every worker sees it. threads: of torch in a worker."""
+
+    recipe: Recipe
+    teacher: Path
+    prompts: tuple[str, ...]
+    out: Storage
+    device: str = "cpu"
+    threads: int = 1
+
+
+@dataclass(frozen=True)
+class Job:
+    """An order on a known kind of device: exactly which bytes shall be made."""
+
+    order: Order
+    settings: TrajectorySettings
+    info: DatasetInfo
+    shards: list[ShardPlan]
+
+    @property
+    def samples(self) -> int:
+        return sum(shard.items.num_rows for shard in self.shards)
+
+    def pending(self) -> list[ShardPlan]:
+        """The shards still to be made. ValueError when the folder holds another data set."""
+        _check_same(self.order.out, self.info)
+        return pending(self.order.out, self.shards)
+
+    def bytes(self, shards: Sequence[ShardPlan], text_rows: Mapping[str, int] | None = None) -> int:
+        """Bytes of these shards; without the prompts' `text_rows` an upper bound, if embeddings are stored."""
+        return sum(shard_bytes(self.settings, shard, text_rows or {}) for shard in shards)
+
+    def worker(self) -> "partial[TrajectoryWorker]":
+        """Builds a worker in its own process."""
+        return partial(TrajectoryWorker, self.order.teacher, self.order.out, self.settings)
+
+
+def known_kind(order: Order) -> str | None:
+    """The kind of device that the job runs on, if that is known here: the one that the data set was begun on, else
+    this machine's; None when only the workers have such a device.
+    """
+    if order.out.exists(INFO):
+        stored = read_dataset(order.out).made_by.get("device")
+        if isinstance(stored, str):
+            return stored
+    if order.device == "cuda" and not torch.cuda.is_available():
+        return None
+    return device_kind(order.device)
+
+
+def plan_job(order: Order, kind: str) -> Job:
+    """Plan every sample and shard. ValueError or FileNotFoundError names what is wrong with the recipe or teacher."""
+    settings = _settings(order, kind)
+    made_by = _made_by(order, settings)
+    identity = fingerprint(made_by)
+    info = DatasetInfo(kind=KIND, fields=settings.fields(), made_by=made_by, fingerprint=identity)
+    items = _items(order.prompts, order.recipe.trajectories.samples)
+    return Job(order, settings, info, plan(items, order.recipe.trajectories.per_shard, identity))
+
+
+def worker_bytes(order: Order) -> int:
+    """Host memory that a worker should have reserved, from the model's files and the size of a batch."""
+    frames, channels, height, width = _shape(order)
+    recipe, config = order.recipe.trajectories, transformer_config(order.teacher)
+    states = len(order.recipe.student.timesteps) + 1
+    path = recipe.batch * states * frames * channels * height * width * 4
+    needed = WORKER_BYTES + loading_bytes(order.teacher) + STATES_HELD * path
+    if order.device == "cpu":
+        tokens = 2 * recipe.batch * frames * config.tokens_per_frame(height, width)  # both passes of guidance
+        needed += 4 * tokens * (8 * config.dim + 2 * config.ffn_dim)  # of the one block that is at work
+    return needed
+
+
+def _shape(order: Order) -> tuple[int, int, int, int]:
+    check_model(order.teacher)
+    clip = order.recipe.clip
+    shape = latents_shape(order.teacher, clip.height, clip.width, clip.frames)
+    try:
+        order.recipe.student.settings().blocks(shape[0])
+    except ValueError as error:
+        raise ValueError(f"clip.frames: {clip.frames} frames are {shape[0]} latent frames: {error}") from None
+    return shape
+
+
+def _settings(order: Order, kind: str) -> TrajectorySettings:
+    recipe, student = order.recipe.trajectories, order.recipe.student.settings()
+    shape = _shape(order)
+    record = (*student.timesteps, 0.0)
+    # Under the student's shift, not the teacher's: the student's timesteps lie on no short grid of another shift.
+    grid = recording_grid(record, recipe.minimum_steps, student.shift)
+    return TrajectorySettings(
+        seed=recipe.seed,
+        grid=tuple(grid),
+        record=record,
+        shape=shape,
+        guidance=recipe.guidance,
+        negative_prompt=recipe.negative_prompt,
+        batch=recipe.batch,
+        dtype=recipe.dtype,
+        autocast=recipe.autocast,
+        text_dim=transformer_config(order.teacher).text_dim if recipe.text_embeddings else None,
+        device=order.device,
+        threads=order.threads,
+        device_kind=kind,
+        torch_version=torch.__version__,
+        teacher=velocity_digest(order.teacher),
+    )
+
+
+def _made_by(order: Order, settings: TrajectorySettings) -> dict[str, Any]:
+    """Everything that decides the bytes, under the names that a user knows. No paths: a copy is the same teacher."""
+    return {
+        "command": "reelway trajectories",
+        "sample_format": SAMPLE_FORMAT,
+        "teacher": settings.teacher,
+        "prompts": {"count": len(order.prompts), "fingerprint": fingerprint({"prompts": list(order.prompts)})},
+        "trajectories": order.recipe.trajectories.model_dump(mode="json"),
+        "clip": order.recipe.clip.model_dump(mode="json", include={"height", "width", "frames"}),
+        "latents": list(settings.shape),
+        "timesteps": list(settings.record),
+        "grid": list(settings.grid),
+        "device": settings.device_kind,
+        "threads": settings.threads,
+        "torch": settings.torch_version,
+    }
+
+
+def _items(prompts: Sequence[str], samples: int) -> pyarrow.Table:
+    """One row per sample, the samples of a prompt beside each other."""
+    rows = [(index, prompt, sample) for index, prompt in enumerate(prompts) for sample in range(samples)]
+    return pyarrow.table(
+        {
+            "key": [f"{index:08d}-{sample:04d}" for index, _, sample in rows],
+            "prompt": [prompt for _, prompt, _ in rows],
+            "sample": [sample for _, _, sample in rows],
+        }
+    )
+
+
+def _check_same(out: Storage, info: DatasetInfo) -> None:
+    """Raises ValueError, naming the first setting that differs, when the folder holds another data set."""
+    if not out.exists(INFO):
+        return
+    stored = read_dataset(out)
+    if stored.kind != info.kind:
+        raise ValueError(f"{out.uri}: holds a data set of {stored.kind}, not of {info.kind}; choose another --out")
+    before, now = _flat(stored.made_by), _flat(info.made_by)
+    for name in sorted(before.keys() | now.keys()):
+        if before.get(name) != now.get(name):
+            difference = f"{name} is {_short(before.get(name))} there and {_short(now.get(name))} here"
+            raise ValueError(f"{out.uri}: was made otherwise: {difference}; choose another --out")
+
+
+def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in table.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def _short(value: Any) -> str:
+    return textwrap.shorten(repr(value), 60, placeholder=" ...")

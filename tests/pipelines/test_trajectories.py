@@ -1,0 +1,540 @@
+"""`reelway trajectories`: prompts in, shards out, whatever happens in between."""
+
+import json
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+import ray
+import torch
+import typer
+from safetensors.torch import load_file, save_file
+
+from reelway.actors.trajectories import TRAJECTORY, TrajectoryWorker
+from reelway.cluster.dataset import claim, decode_sample, read_dataset, read_samples
+from reelway.cluster.manifest import read_manifest
+from reelway.cluster.pool import PoolReport, Quarantined
+from reelway.cluster.pool_host import Failure
+from reelway.cluster.preflight import Requirements
+from reelway.cluster.session import Session
+from reelway.cluster.shards import verify
+from reelway.cluster.storage import Storage
+from reelway.pipelines import trajectories
+from reelway.pipelines.prompts import read_prompts
+
+PROMPTS = ["a small red star", "a large blue circle", "two shapes on white", "a small red star", "", "a green square"]
+SMALL = ["clip.height=32", "clip.width=32", "clip.frames=9", "trajectories.minimum_steps=4"]
+SMALL += ["trajectories.batch=2", "trajectories.per_shard=3", "student.window=6"]
+SHARDS = ["shard-000000.tar", "shard-000001.tar", "shard-000002.tar"]  # of 4 prompts with 2 samples each
+
+
+@pytest.fixture
+def prompts(tmp_path: Path) -> Path:
+    path = tmp_path / "prompts.txt"
+    path.write_text("\n".join(PROMPTS))
+    return path
+
+
+Call = Callable[..., int]
+
+
+def call(teacher: Path, out: Path, *arguments: object, changes: tuple[str, ...] = ()) -> int:
+    """The command in this process; its exit code."""
+    sets = [part for change in (*SMALL, *changes) for part in ("--set", change)]
+    command = ["--teacher", teacher, "--out", out, "--samples", 2, *arguments, *sets]
+    try:
+        status = trajectories.app([str(part) for part in command], standalone_mode=False)
+    except typer.Exit as end:
+        return end.exit_code
+    return int(status or 0)
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    return without_ray(monkeypatch)
+
+
+def without_ray(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The pool replaced by one worker in this process; the names of the shards that were asked of it."""
+    asked: list[str] = []
+
+    def run_here(worker: Any, items: Any, pool: Any, on_result: Any, *, on_quarantine: Any) -> PoolReport[Any]:
+        report, built = PoolReport[Any](workers_started=1, most_workers=1), worker()
+        for index, shard in enumerate(items):
+            asked.append(shard.name)
+            try:
+                on_result(shard, built.process(shard))
+                report.done += 1
+            except ValueError as error:
+                failure = Failure(type(error).__name__, str(error))
+                on_quarantine(Quarantined(index, shard, failure, 1, "here"))
+                report.failed += 1
+        return report
+
+    @contextmanager
+    def session(address: str | None, **_: Any) -> Iterator[Session]:
+        yield Session("nowhere", True, ())
+
+    monkeypatch.setattr(trajectories, "run_pool", run_here)
+    monkeypatch.setattr(trajectories, "start_or_join", session)
+    return asked
+
+
+@pytest.fixture(scope="module")
+def made(small_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished set of 4 prompts with 2 samples each; not to be changed."""
+    folder = tmp_path_factory.mktemp("made")
+    source = folder / "prompts.txt"
+    source.write_text("\n".join(PROMPTS))
+    with pytest.MonkeyPatch.context() as patch:
+        without_ray(patch)
+        assert call(small_teacher, folder / "set", "--prompts", source) == 0
+    return folder / "set"
+
+
+def content(out: Path, names: tuple[str, ...] = ("*.tar", "shard-*.json", "manifest.parquet")) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for pattern in names for path in sorted(out.glob(pattern)) if path.is_file()}
+
+
+def samples_of(out: Path, name: str) -> dict[str, dict[str, Any]]:
+    with (out / name).open("rb") as file:
+        return {key: decode_sample(name, key, fields) for _, key, fields in read_samples(file, name)}
+
+
+# --- What is made ------------------------------------------------------------------------------------------------
+
+
+def test_a_set_holds_every_prompt_and_sample_once(made: Path) -> None:
+    samples = {key: sample for name in SHARDS for key, sample in samples_of(made, name).items()}
+    texts = ["a small red star", "a large blue circle", "two shapes on white", "a green square"]
+    expected = [(f"{index:08d}-{sample:04d}", text, sample) for index, text in enumerate(texts) for sample in (0, 1)]
+    assert [(key, sample["prompt.txt"], sample["meta.json"]["sample"]) for key, sample in samples.items()] == expected
+    for sample in samples.values():
+        assert sample[TRAJECTORY]["latents"].shape == (5, 3, 16, 4, 4)
+        assert sample[TRAJECTORY]["latents"].dtype == torch.float16
+        assert sample["meta.json"]["timesteps"] == pytest.approx([1000, 900, 750, 500, 0], abs=1e-9)
+    first, second = (samples[f"00000000-000{index}"][TRAJECTORY]["latents"] for index in (0, 1))
+    assert not torch.equal(first[0], second[0])
+    assert verify(Storage.open(made)) == []
+    info = read_dataset(Storage.open(made))
+    assert (info.kind, info.made_by["threads"], info.made_by["torch"]) == ("trajectories", 1, torch.__version__)
+    assert [row.samples for row in read_manifest(Storage.open(made))] == [3, 3, 2]
+
+
+def test_a_finished_set_is_left_alone_at_once(
+    made: Path, small_teacher: Path, prompts: Path, no_ray: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = {path.name: path.stat().st_mtime_ns for path in made.iterdir()}
+    assert call(small_teacher, made, "--prompts", prompts) == 0
+    assert no_ray == []
+    assert {path.name: path.stat().st_mtime_ns for path in made.iterdir()} == before
+    output = capsys.readouterr()
+    assert f"{made}: all shards are there already" in output.out
+    assert "3 shards, 8 samples, 0 quarantined" in output.out
+    assert "prompts: 1 dropped" in output.err
+
+
+def test_what_is_missing_is_made_again_with_the_same_bytes(
+    made: Path, small_teacher: Path, prompts: Path, no_ray: list[str], tmp_path: Path
+) -> None:
+    """A tar that is gone, a shard that was killed before its record, a torn tar, a manifest that was never written."""
+    out, expected = tmp_path / "set", content(made)
+    shutil.copytree(made, out)
+    (out / SHARDS[0]).unlink()
+    (out / "shard-000001.json").unlink()
+    (out / SHARDS[2]).write_bytes((out / SHARDS[2]).read_bytes()[:-2048])
+    (out / "manifest.parquet").unlink()
+    assert call(small_teacher, out, "--prompts", prompts) == 0
+    assert no_ray == SHARDS
+    assert content(out) == expected
+    (out / "manifest.parquet").unlink()
+    assert call(small_teacher, out, "--prompts", prompts) == 0
+    assert no_ray == SHARDS  # nothing more was made
+    assert content(out) == expected
+
+
+def test_a_shard_that_cannot_be_made_is_no_success(
+    made: Path,
+    small_teacher: Path,
+    prompts: Path,
+    no_ray: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    make = TrajectoryWorker.make
+
+    def fail_sometimes(self: TrajectoryWorker, items: Any) -> Any:
+        if any(item["prompt"] == "two shapes on white" for item in items):
+            raise ValueError("the sky fell")
+        return make(self, items)
+
+    monkeypatch.setattr(TrajectoryWorker, "make", fail_sometimes)
+    assert call(small_teacher, tmp_path / "set", "--prompts", prompts) == 1
+    output = capsys.readouterr().out
+    assert "1 of 3 shards could not be made" in output
+    assert "shard-000001.tar: ValueError: the sky fell (attempts: 1, here)" in output
+    assert not (tmp_path / "set/manifest.parquet").exists()
+    monkeypatch.setattr(TrajectoryWorker, "make", make)
+    assert call(small_teacher, tmp_path / "set", "--prompts", prompts) == 0
+    assert no_ray == [*SHARDS, SHARDS[1]]
+    assert content(tmp_path / "set") == content(made)
+
+
+def test_poisoned_samples_are_counted_and_named(
+    small_teacher: Path, prompts: Path, no_ray: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A teacher to whom the word 'circle' means NaN; then one that has nothing but NaN."""
+    folder, out = tmp_path / "teacher", tmp_path / "set"
+    shutil.copytree(small_teacher, folder)
+    file = folder / "text_encoder/model.safetensors"
+    weights = load_file(file)
+    (name,) = (name for name in weights if name in ("shared.weight", "encoder.embed_tokens.weight"))
+    words = json.loads((folder / "tokenizer/tokenizer.json").read_text())["model"]["vocab"]
+    weights[name][words["circle"]] = torch.nan
+    save_file(weights, file, metadata={"format": "pt"})
+    assert call(folder, out, "--prompts", prompts, "--validate") == 0
+    output = capsys.readouterr()
+    assert "3 shards, 6 samples, 2 quarantined" in output.out
+    assert "6 samples sound, 0 problems" in output.out
+    assert "warning: 2 samples could not be made:" in output.err
+    assert "  00000001-0000: the latents are not finite in float16 from timestep 900 on" in output.err
+    assert sum(row.quarantined for row in read_manifest(Storage.open(out))) == 2
+    weights[name].fill_(torch.nan)
+    save_file(weights, file, metadata={"format": "pt"})
+    assert call(folder, tmp_path / "none", "--prompts", prompts) == 1
+    assert "not one sample could be made" in capsys.readouterr().err
+
+
+def test_two_jobs_do_not_share_a_folder(small_teacher: Path, prompts: Path, no_ray: list[str], tmp_path: Path) -> None:
+    held = claim(Storage.open(tmp_path / "set"), "another job")
+    with held, pytest.raises(ValueError, match=r"another job is writing here: another job on .*, pid"):
+        call(small_teacher, tmp_path / "set", "--prompts", prompts)
+    assert no_ray == []
+
+
+def test_ctrl_c_says_what_is_kept(
+    small_teacher: Path,
+    prompts: Path,
+    no_ray: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run_here = trajectories.run_pool
+
+    def interrupted(worker: Any, items: Any, *rest: Any, **more: Any) -> PoolReport[Any]:
+        report = run_here(worker, items[:1], *rest, **more)
+        report.interrupted = True
+        return report
+
+    monkeypatch.setattr(trajectories, "run_pool", interrupted)
+    assert call(small_teacher, tmp_path / "set", "--prompts", prompts) == 130
+    assert f"Whole shards are kept in {tmp_path / 'set'}; the same command goes on" in capsys.readouterr().err
+    assert not (tmp_path / "set/manifest.parquet").exists()
+
+    def at_once(*_: Any, **__: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trajectories, "run_pool", at_once)
+    assert call(small_teacher, tmp_path / "set", "--prompts", prompts) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    monkeypatch.setattr(trajectories, "run_pool", run_here)
+    assert call(small_teacher, tmp_path / "set", "--prompts", prompts) == 0
+    assert no_ray == SHARDS
+
+
+# --- Options -----------------------------------------------------------------------------------------------------
+
+
+def test_limit_and_sprites_choose_prompts(
+    small_teacher: Path, prompts: Path, no_ray: list[str], tmp_path: Path
+) -> None:
+    assert call(small_teacher, tmp_path / "limited", "--prompts", prompts, "--limit", 1) == 0
+    (row,) = read_manifest(Storage.open(tmp_path / "limited"))
+    assert (row.samples, row.first_key, row.last_key) == (2, "00000000-0000", "00000000-0001")
+    assert (
+        call(small_teacher, tmp_path / "sprites", "--sprites", 2, changes=("trajectories.text_embeddings=true",)) == 0
+    )
+    samples = samples_of(tmp_path / "sprites", SHARDS[0])
+    assert len({sample["prompt.txt"] for sample in samples.values()}) == 2
+    assert all(sample["text.safetensors"]["rows"].shape[1] == 128 for sample in samples.values())
+
+
+@pytest.mark.parametrize("embeddings", ["false", "true"])
+def test_a_dry_run_says_what_the_real_one_makes_and_writes_nothing(
+    small_teacher: Path,
+    prompts: Path,
+    no_ray: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    embeddings: str,
+) -> None:
+    out, changes = tmp_path / "set", (f"trajectories.text_embeddings={embeddings}",)
+    arguments = ["--prompts", prompts, "--dry-run", "--cost-per-hour", 3600, "--workers", "1:2"]
+    assert call(small_teacher, out, *arguments, changes=changes) == 0
+    before = capsys.readouterr().out
+    assert not out.exists()
+    assert call(small_teacher, out, "--prompts", prompts, changes=changes) == 0
+    capsys.readouterr()
+    written = sum(path.stat().st_size for path in out.glob("*.tar"))
+    assert "prompts: 4; samples: 8" in before
+    assert "shards: 3; done already: 0" in before
+    assert f"bytes: {written:,} (0.0 GiB); still to write: {written:,}" in before
+    hours, cost = (float(re.search(pattern, before)[1]) for pattern in (r"time: ([\d.e-]+) dev", r"cost: ([\d.]+) at"))
+    assert 0 < hours < 0.1
+    assert cost == pytest.approx(hours * 3600, abs=0.01, rel=0.01)
+    size = (out / SHARDS[1]).stat().st_size
+    (out / SHARDS[1]).unlink()
+    files = content(out, ("*",))
+    assert call(small_teacher, out, *arguments, changes=changes) == 0
+    after = capsys.readouterr().out
+    assert "done already: 2" in after
+    assert f"still to write: {size:,}" in after
+    assert content(out, ("*",)) == files
+
+
+def test_validate_draws_a_sheet_and_finds_what_was_tampered_with(
+    made: Path,
+    small_teacher: Path,
+    prompts: Path,
+    no_ray: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from PIL import Image
+
+    out = tmp_path / "set"
+    shutil.copytree(made, out)
+    assert call(small_teacher, out, "--prompts", prompts, "--validate") == 0
+    assert "8 samples sound, 0 problems" in capsys.readouterr().out
+    with Image.open(out / "validate.png") as sheet:
+        assert sheet.height > 6 * 64
+    tar = bytearray((out / SHARDS[1]).read_bytes())
+    end = samples_of(out, SHARDS[1])["00000002-0000"][TRAJECTORY]["latents"][-1].numpy().tobytes()
+    start = tar.index(end)
+    tar[start : start + 2] = b"\x00\x7e"  # NaN in float16
+    (out / SHARDS[1]).write_bytes(tar)
+    assert call(small_teacher, out, "--prompts", prompts, "--validate") == 1
+    output = capsys.readouterr().out
+    assert "shard-000001.tar: 00000002-0000: values that are not finite" in output
+    assert "7 samples sound, 1 problem" in output
+
+
+# --- Mistakes ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "line"),
+    [
+        (["--prompts", "none.txt"], (), r"^none\.txt: no such prompts"),
+        ([], (), r"^--prompts, --sprites: exactly one of them is needed$"),
+        (["--sprites", "2"], ("clip.width=40",), r"^clip\.width: must be a multiple of 16 .*, got 40$"),
+        (["--sprites", "2"], ("clip.frames=10",), r"^clip\.frames: must be 1 \+ a multiple of 4, got 10$"),
+        (["--sprites", "2"], ("clip.frames=13",), r"^clip\.frames: 13 frames are 4 latent frames: "),
+        (["--sprites", "2"], ("student.timesteps=[1000, 777.7]",), r"^record: no grid of 4 to 8 steps with shift 3"),
+        (["--sprites", "2"], ("trajectories.nope=1",), r"trajectories\.nope: "),
+        (["--sprites", "2", "--workers", "two"], (), r"^--workers: must be N or MIN:MAX, got 'two'$"),
+        (["--sprites", "2", "--workers", "3:2"], (), r"^max_workers: must be at least min_workers = 3, got 2$"),
+        (["--sprites", "2", "--device", "tpu"], (), r"^--device: must be cpu or cuda, got 'tpu'$"),
+    ],
+)
+def test_a_mistake_is_one_clear_line(
+    small_teacher: Path, no_ray: list[str], tmp_path: Path, arguments: list[str], changes: tuple[str, ...], line: str
+) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=line) as caught:
+        call(small_teacher, tmp_path / "set", *arguments, changes=changes)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_teacher_that_is_not_there_is_named(no_ray: list[str], tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=rf"^{tmp_path}/none/transformer/config\.json: no such file"):
+        call(tmp_path / "none", tmp_path / "set", "--sprites", 1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "changes", "line"),
+    [
+        ([], ("trajectories.guidance=2.5",), r"trajectories\.guidance is 5\.0 there and 2\.5 here"),
+        ([], ("student.timesteps=[1000, 500]",), r"timesteps is \[.* there and \[.* here"),
+        (["--threads", "2"], (), r"threads is 1 there and 2 here"),
+        (["--limit", "1"], (), r"prompts\.count is 4 there and 1 here"),
+    ],
+)
+def test_a_folder_with_another_set_is_refused_and_not_touched(
+    made: Path,
+    small_teacher: Path,
+    prompts: Path,
+    no_ray: list[str],
+    arguments: list[str],
+    changes: tuple[str, ...],
+    line: str,
+) -> None:
+    before = content(made, ("*",))
+    with pytest.raises(ValueError, match=rf"^{made}: was made otherwise: {line}; choose another --out$"):
+        call(small_teacher, made, "--prompts", prompts, *arguments, changes=changes)
+    assert content(made, ("*",)) == before
+
+
+# --- Prompts -----------------------------------------------------------------------------------------------------
+
+
+def write_table(path: Path, rows: list[Any]) -> None:
+    match path.suffix:
+        case ".csv":
+            path.write_text("id,caption\n" + "".join(f'{i},"{row}"\n' for i, row in enumerate(rows)))
+        case ".jsonl":
+            path.write_text("".join(json.dumps({"id": i, "text": row}) + "\n" for i, row in enumerate(rows)))
+        case ".parquet":
+            pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(rows))), "prompt": rows}), path)
+        case ".txt":
+            path.write_text("\ufeff" + "\n".join(rows))
+
+
+@pytest.mark.parametrize("kind", ["txt", "csv", "jsonl", "parquet"])
+def test_prompts_are_read_from_any_of_the_formats(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / f"prompts.{kind}"
+    write_table(path, ["a red star, twice", "  été  ", "a red star, twice", "last"])
+    found = read_prompts(path)
+    assert found.texts == ("a red star, twice", "été", "last")
+    assert (found.duplicates, found.problems) == (1, ())
+
+
+def test_a_folder_is_all_its_files_in_order(tmp_path: Path) -> None:
+    write_table(tmp_path / "b.txt", ["second", "first"])
+    write_table(tmp_path / "a.csv", ["first"])
+    (tmp_path / "notes.md").write_text("not a prompt")
+    found = read_prompts(tmp_path)
+    assert (found.texts, found.duplicates) == (("first", "second"), 1)
+
+
+def test_bad_prompts_are_named_and_left_out(tmp_path: Path) -> None:
+    lines = ['{"prompt": "good"}', '{"prompt": 7}', '{"prompt": " "}', "{", '{"other": 1}', '"bare"', '"\\ud800"']
+    (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
+    (tmp_path / "prompts.txt").write_bytes(b"fine\n\xff\xfe\n")
+    found = read_prompts(tmp_path)
+    assert found.texts == ("good", "bare", "fine")
+    kinds = ["not JSON", "int, not text", "is empty", "no prompt", "not UTF-8 (surrogates", "not UTF-8 (invalid start"]
+    assert len(found.problems) == len(kinds)
+    for problem, kind in zip(found.problems, kinds, strict=True):
+        assert kind in problem
+    assert "prompts.jsonl:4: not JSON" in found.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "line"),
+    [
+        ("empty.txt", "\n \n", r"empty\.txt: no prompt in it$"),
+        ("table.csv", "id,words\n1,x\n", r"a column of prompt, caption, text is needed; found: 'id', 'words'$"),
+        ("table.xml", "<a/>", r"table\.xml: prompts are read from \.txt, .* not '\.xml'$"),
+        ("table.parquet", "PAR", r"table\.parquet: not a readable Parquet file"),
+        ("bad.jsonl", "{", r"bad\.jsonl: no prompt in it; the first problem: bad\.jsonl:1: not JSON"),
+    ],
+)
+def test_a_source_without_prompts_is_refused(tmp_path: Path, name: str, text: str, line: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=line):
+        read_prompts(tmp_path / name)
+
+
+# --- On Ray ------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def ray_head(folder: Path) -> Iterator[dict[str, str]]:
+    """A Ray cluster of one node on the loopback address, ended with the block; the environment of its users."""
+    ports = {name: free_port() for name in ("port", "dashboard-port", "ray-client-server-port")}
+    ports["dashboard-agent-listen-port"] = free_port()
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
+    environment |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0", "HOME": str(folder)}
+    environment.pop("RAY_ADDRESS", None)
+    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0"]
+    command += [f"--{name}={port}" for name, port in ports.items()]
+    command += ["--dashboard-host=127.0.0.1", f"--temp-dir={folder}", "--object-store-memory=104857600"]
+    with (folder / "log").open("w") as log:
+        head = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+        try:
+            wait_for_port(ports["dashboard-port"], head, folder / "log")
+            yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports['dashboard-port']}"}
+        finally:
+            head.terminate()
+            head.wait(30)
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_for_port(port: int, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        assert process.poll() is None, log.read_text()
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.2)
+    pytest.fail(f"no dashboard after two minutes: {log.read_text()}")
+
+
+@pytest.mark.ray
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a short path for Ray's sockets")
+def test_it_runs_as_a_submitted_job(made: Path, small_teacher: Path, prompts: Path, tmp_path: Path) -> None:
+    """Without the shared Ray: on a cluster of its own, through `ray job submit`, as on a real one."""
+    assert not ray.is_initialized()
+    sets = [part for change in SMALL for part in ("--set", change)]
+    job = [sys.executable, "-m", "reelway.pipelines.cli", "trajectories", "--teacher", str(small_teacher)]
+    job += ["--prompts", str(prompts), "--out", str(tmp_path / "set"), "--samples", "2", "--address", "auto", *sets]
+    folder = tempfile.mkdtemp(prefix="rw-", dir="/tmp")
+    try:
+        with ray_head(Path(folder)) as environment:
+            submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--", *job]
+            done = subprocess.run(submit, env=environment, capture_output=True, text=True, timeout=300)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "3 shards, 8 samples, 0 quarantined" in done.stdout
+    assert content(tmp_path / "set") == content(made)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_any_number_of_workers_gives_the_same_bytes(
+    ray_session: Session,
+    made: Path,
+    small_teacher: Path,
+    prompts: Path,
+    tmp_path: Path,
+    workers: int,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With two of them the driver does not know the device, as on a head without a GPU, and has to ask."""
+    out = tmp_path / "set"
+    if workers == 2:
+        monkeypatch.setattr(trajectories, "known_kind", lambda order: None)
+    assert call(small_teacher, out, "--prompts", prompts, "--workers", workers) == 0
+    assert content(out) == content(made)
+    output = capsys.readouterr()
+    assert re.search(rf"made now: 3 shards, 8 samples, .* with up to {workers} worker", output.out)
+    assert "trajectories: 3/3 done" in output.err
+    assert ray.is_initialized()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_workers_without_the_device_are_one_line(ray_session: Session) -> None:
+    with pytest.raises(ValueError, match=r"^device: this process sees no CUDA device, cuda was asked for$"):
+        trajectories._kind_of_workers("cuda", Requirements(cpus=0.5))
