@@ -110,8 +110,8 @@ class DecodeAhead:
                     if outcome.index is None:
                         rest = _reason(outcome)
                         continue
-                    while due.popleft() != outcome.index:
-                        yield rest
+                    asked = due.popleft()
+                    assert asked == outcome.index, f"{job.path}: clip {outcome.index} came where {asked} is due"
                     yield outcome if isinstance(outcome, Clip) else _reason(outcome)
         except BadVideo as bad:
             rest = quarantined(DECODE, bad.reason, bad.text)

@@ -69,7 +69,7 @@ class DecodeLane:
                 return
             except LaneDied as error:
                 yield from self._rescued(path, left[0], str(error))
-                left = left
+                left = left[1:]
 
     def _rescued(self, path: Path, index: int, what: str) -> Iterator[Clip | Skipped | Broken]:
         try:

@@ -261,9 +261,7 @@ def _packet_times(path: Path, container: InputContainer, stream: VideoStream) ->
         raise BadVideo(path, "single-frame", "holds 1 frame; a video has at least 2")
     if len(ticks) < 2:
         raise BadVideo(path, "no-duration", f"its {count} frames all stand at one time: zero duration")
-    # A GIF calls every frame a key frame, and yet paints one over the other.
-    starts = key_ticks if container.format.name != "gif" else set()
-    keys = np.union1d([0], np.searchsorted(ticks, sorted(starts))).astype(np.int64)
+    keys = np.union1d([0], np.searchsorted(ticks, sorted(key_ticks))).astype(np.int64)
     return ticks, keys, spans[int(ticks[-1])] or int(np.median(np.diff(ticks)))
 
 

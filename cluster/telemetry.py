@@ -1,11 +1,14 @@
 """What the processes of a training say while they work: metrics, signs of life, and where a stuck one stands."""
 
+import os
+import signal
 import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +31,14 @@ class Pulse:
     beats: int
     place: str
     waits: bool
+
+
+class Wish(Enum):
+    """What a rank is answered: work on; end when the step is done; end now, because this start hangs."""
+
+    WORK = 0
+    STOP = 1
+    DIE = 2
 
 
 @dataclass(frozen=True)
@@ -74,10 +85,11 @@ class Board:
         self._pulses: dict[int, tuple[Pulse, float, float]] = {}
         self._attempts: list[int] = []
         self._fatal: Fatal | None = None
+        self._condemned: int | None = None  # the attempt whose ranks shall end
         self._stop, self._stopped = False, False
 
-    def pulse(self, attempt: int, pulse: Pulse) -> bool:
-        """Take a sign of life; says whether the rank should end soon. What an earlier attempt left is dropped."""
+    def pulse(self, attempt: int, pulse: Pulse) -> Wish:
+        """Take a sign of life. What an earlier attempt left is dropped."""
         now = time.monotonic()
         if attempt not in self._attempts:
             self._attempts.append(attempt)
@@ -86,7 +98,9 @@ class Board:
             before = self._pulses.get(pulse.rank)
             moved = now if before is None or before[0].beats != pulse.beats else before[2]
             self._pulses[pulse.rank] = (pulse, now, moved)
-        return self._stop
+        if attempt == self._condemned:
+            return Wish.DIE
+        return Wish.STOP if self._stop else Wish.WORK
 
     def tell(self, row: dict[str, float]) -> None:
         self._rows.append(row)
@@ -96,6 +110,10 @@ class Board:
 
     def ask_to_stop(self) -> None:
         self._stop = True
+
+    def condemn(self) -> None:
+        """Let all ranks of the present start end: it hangs."""
+        self._condemned = self._attempts[-1]
 
     def stopped(self) -> None:
         """A rank ended because it was asked to."""
@@ -142,7 +160,7 @@ def in_words(culprits: Sequence[RankState], ranks: int) -> str:
 class Heart(threading.Thread):
     """Sends a rank's pulse every second, from beside the thread that works; `beat` is called by that one."""
 
-    def __init__(self, rank: int, process: str, send: Callable[[Pulse], bool]) -> None:
+    def __init__(self, rank: int, process: str, send: Callable[[Pulse], Wish]) -> None:
         super().__init__(daemon=True, name="heart")
         self._rank, self._process, self._send = rank, process, send
         self._worker = threading.get_ident()
@@ -157,7 +175,10 @@ class Heart(threading.Thread):
     def run(self) -> None:
         while True:
             place, waits = whereabouts(self._worker)
-            if self._send(Pulse(self._rank, self._process, self._beats, place, waits)):
+            wish = self._send(Pulse(self._rank, self._process, self._beats, place, waits))
+            if wish is Wish.DIE:
+                os.kill(os.getpid(), signal.SIGKILL)  # what hangs may hold off every gentler end
+            if wish is Wish.STOP:
                 self.asked_to_stop.set()
             if self._ended.wait(PULSE_SECONDS):
                 return

@@ -29,7 +29,7 @@ from ray.train.v2.api.report_config import CheckpointUploadMode
 
 from .pool_host import reason_of_death
 from .preflight import Requirements, check_placement, cluster_nodes
-from .telemetry import Board, Fatal, Heart, Pulse, in_words, stuck
+from .telemetry import Board, Fatal, Heart, News, Pulse, Wish, in_words, stuck
 
 Number = TypeVar("Number", int, float)
 Metrics = dict[str, float]
@@ -62,9 +62,9 @@ class TrainingSettings:
     """How a training is hosted. Times are seconds.
 
     resources: of one worker. storage_path, name: the run's folder, which all workers see; a run of the same name
-    goes on where it stopped. max_failures: restarts after lost workers. patience: a collective operation that takes
-    longer has failed; a rank that hangs is named after half of it. keep: checkpoints that are kept; None leaves them
-    all to the caller.
+    goes on where it stopped. max_failures: restarts after lost workers. patience: where nothing moves for half of it,
+    the rank that hangs is named, and after the whole all are started again; longer than any step, checkpoint or start.
+    keep: checkpoints that are kept; None leaves them all to the caller.
     """
 
     workers: int
@@ -250,10 +250,11 @@ def _work(given: dict[str, Any]) -> Any:
     device = get_device()
     attempt = TorchRanks(device).broadcast(time.time_ns() if rank == 0 else 0)
 
-    def send(pulse: Pulse) -> bool:
+    def send(pulse: Pulse) -> Wish:
         with suppress(RayError):  # the driver is gone, and this process will follow
-            return bool(ray.get(board.pulse.remote(attempt, pulse), timeout=PARTING_SECONDS))
-        return False
+            wish: Wish = ray.get(board.pulse.remote(attempt, pulse), timeout=PARTING_SECONDS)
+            return wish
+        return Wish.WORK
 
     heart = Heart(rank, f"pid {os.getpid()} on {ray.util.get_node_ip_address()}", send)
     heart.start()
@@ -379,7 +380,7 @@ class _Run:
                 trainer.abort()
                 return
 
-    def _take(self, news: Any, trainer: _Trainer) -> None:
+    def _take(self, news: News, trainer: _Trainer) -> None:
         for row in news.rows:
             self._on_metrics(row)
         self._stopped = self._stopped or news.stopped
@@ -390,6 +391,9 @@ class _Run:
         if culprits and not self._is_stuck:
             self._note(in_words(culprits, len(news.ranks)))
         self._is_stuck = bool(culprits)
+        # DeepSpeed's own process groups wait for half an hour whatever the default group's timeout is.
+        if stuck(news.ranks, self._settings.patience):
+            self._board.condemn.remote()
         if news.fatal and self._fatal is None:
             self._fatal, self._fatal_since = news.fatal, time.monotonic()
         if self._fatal and news.ranks and time.monotonic() - self._fatal_since > FATAL_SECONDS:

@@ -71,7 +71,8 @@ class VideoWriter:
 
     .mp4 is H.264, yuv420p, faststart: plays in every browser. .gif has a palette for each frame. After Ctrl-C the file
     is closed properly and kept, after an error it is removed. threads: of the encoder, 0 for its own choice; the same
-    frames give the same .mp4, byte for byte, on the same number of threads. ValueError if a frame's size is odd (not for .gif) or changes.
+    frames give the same .mp4, byte for byte, on the same number of threads. ValueError if a frame's size is odd (not
+    for .gif) or changes.
     """
 
     def __init__(self, path: Path, frames_per_second: int, *, threads: int = 0) -> None:

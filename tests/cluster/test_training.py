@@ -16,7 +16,7 @@ from torch import Tensor
 from reelway.cluster import telemetry
 from reelway.cluster.preflight import Requirements
 from reelway.cluster.session import Session
-from reelway.cluster.telemetry import Board, Fatal, Pulse, RankState, in_words, stuck, whereabouts
+from reelway.cluster.telemetry import Board, Fatal, Pulse, RankState, Wish, in_words, stuck, whereabouts
 from reelway.cluster.training import (
     TrainingHost,
     TrainingInterrupted,
@@ -251,7 +251,7 @@ def test_a_board_forgets_an_earlier_start_and_hands_rows_out_once(monkeypatch: p
     board.pulse(2, Pulse(0, "new", 1, "a", False))
     board.pulse(1, Pulse(1, "old", 4, "a", True))  # a dying worker's last word
     clock[0] = 7.0
-    assert board.pulse(2, Pulse(0, "new", 1, "b", False)) is False
+    assert board.pulse(2, Pulse(0, "new", 1, "b", False)) is Wish.WORK
     board.tell({"loss": 1.0})
     board.fail(Fatal(1, "ValueError", "first", "p"))
     board.fail(Fatal(0, "ValueError", "second", "p"))
@@ -259,8 +259,11 @@ def test_a_board_forgets_an_earlier_start_and_hands_rows_out_once(monkeypatch: p
     news = board.look()
     assert [(found.pulse.process, found.silent, found.still) for found in news.ranks] == [("new", 0.0, 2.0)]
     assert (news.starts, news.rows, news.fatal and news.fatal.message) == (2, ({"loss": 1.0},), "first")
-    assert board.pulse(2, Pulse(0, "new", 2, "b", False)) is True
+    assert board.pulse(2, Pulse(0, "new", 2, "b", False)) is Wish.STOP
     assert board.look().rows == ()
+    board.condemn()
+    assert board.pulse(2, Pulse(0, "new", 2, "b", False)) is Wish.DIE
+    assert board.pulse(3, Pulse(0, "newer", 0, "b", False)) is Wish.STOP, "the next start lives"
 
 
 @pytest.mark.parametrize(
