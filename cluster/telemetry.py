@@ -14,6 +14,7 @@ from typing import Any
 
 PULSE_SECONDS = 1.0
 SILENT_SECONDS = 15.0  # without a pulse, a process counts as stopped or starved
+GONE_SECONDS = 5.0  # without a pulse of any rank, a start is over
 LIBRARIES = ("site-packages", "dist-packages", f"{sys.prefix}/lib/python", f"{sys.base_prefix}/lib/python")
 COLLECTIVES = ("torch/distributed", "deepspeed/comm")
 
@@ -133,11 +134,13 @@ class Board:
 
 
 def stuck(ranks: Sequence[RankState], seconds: float) -> list[RankState]:
-    """The ranks for which the others wait, once none has moved for `seconds`; empty while there is progress.
+    """The ranks for which the others wait, once none has moved for `seconds`; empty while there is progress or no life.
 
     In this order: who is silent; who is not inside a collective operation while others are; who came least far.
     """
-    if not ranks or min(state.still for state in ranks) < seconds:
+    moves = any(state.still < seconds for state in ranks)
+    lives = any(state.silent < GONE_SECONDS for state in ranks)
+    if moves or not lives:
         return []
     silent = [state for state in ranks if state.silent > SILENT_SECONDS]
     if silent:

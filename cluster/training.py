@@ -35,7 +35,7 @@ Number = TypeVar("Number", int, float)
 Metrics = dict[str, float]
 
 LOOK_SECONDS = 0.5
-FATAL_SECONDS = 10.0  # for the other ranks to end too
+FATAL_SECONDS = 5.0  # for the other ranks to end too
 PARTING_SECONDS = 30.0
 # Ray Train's own settings, by its names: do not move to another folder, notice ends soon, do not talk.
 RAY_TRAIN = {
@@ -321,7 +321,7 @@ class _Run:
         self._on_metrics, self._on_note = on_metrics, on_note
         self._notes: list[str] = []
         self._starts, self._signals = 0, 0
-        self._is_stuck = False
+        self._hang: str | None = None  # what was noted of the present start
         self._fatal: Fatal | None = None
         self._fatal_since = 0.0
         self._stopped = False
@@ -357,7 +357,7 @@ class _Run:
         if self._stopped or self._signals:
             raise TrainingInterrupted(self._last_checkpoint())
         if error is not None:
-            hung = f" ({self._notes[-1]})" if self._is_stuck and self._notes else ""
+            hung = f" ({self._hang})" if self._hang else ""
             raise TrainingFailed(f"{self._settings.name}: {_reason(error)}{hung}") from None
 
     def _last_checkpoint(self) -> str | None:
@@ -386,11 +386,12 @@ class _Run:
         self._stopped = self._stopped or news.stopped
         if news.starts > max(1, self._starts):
             self._note(f"workers were lost: started again, {news.starts - 1} of {self._settings.max_failures} times")
-        self._starts = news.starts
+        if news.starts > self._starts:
+            self._starts, self._hang = news.starts, None
         culprits = stuck(news.ranks, self._settings.patience / 2)
-        if culprits and not self._is_stuck:
-            self._note(in_words(culprits, len(news.ranks)))
-        self._is_stuck = bool(culprits)
+        if culprits and not self._hang:
+            self._hang = in_words(culprits, len(news.ranks))
+            self._note(self._hang)
         # DeepSpeed's own process groups wait for half an hour whatever the default group's timeout is.
         if stuck(news.ranks, self._settings.patience):
             self._board.condemn.remote()

@@ -37,6 +37,32 @@ def ray_session() -> "Iterator[Session]":
         yield session
 
 
+@pytest.fixture(scope="module")
+def s3_query() -> Iterator[str]:
+    """The query of an address that reaches an S3 server on loopback, with a bucket named `bucket`.
+
+    This process has its credentials, others need them in the address: `s3://testing:testing@bucket/set?...`.
+    """
+    import logging
+
+    import pyarrow.fs
+
+    server_module = pytest.importorskip("moto.server")
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = server_module.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    server.start()
+    with pytest.MonkeyPatch.context() as environment:
+        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
+            environment.setenv(name, "testing")
+        environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
+        host, port = server.get_host_and_port()
+        query = f"endpoint_override={host}:{port}&scheme=http&region=us-east-1"
+        maker, _ = pyarrow.fs.FileSystem.from_uri(f"s3://bucket?{query}&allow_bucket_creation=true")
+        maker.create_dir("bucket")
+        yield query
+    server.stop()
+
+
 @pytest.fixture(scope="session")
 def small_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A teacher's folder for tests that need one: the tiny model cut to one block, random weights, the shipped VAE."""

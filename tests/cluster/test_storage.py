@@ -3,16 +3,13 @@
 import errno
 import io
 import json
-import logging
 import multiprocessing
 import os
 import pickle
 import time
-from collections.abc import Iterator
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
-import pyarrow.fs
 import pytest
 import torch
 
@@ -22,25 +19,6 @@ from reelway.cluster.shards import Reading, ShardReader, verify, write_shard
 from reelway.cluster.storage import DifferentContent, LocalStorage, Storage, StorageError, clear_errors
 
 forking = multiprocessing.get_context("fork")
-
-
-@pytest.fixture(scope="module")
-def s3_query() -> Iterator[str]:
-    """The query of an address that reaches the test server."""
-    server_module = pytest.importorskip("moto.server")
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
-    server = server_module.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    with pytest.MonkeyPatch.context() as environment:
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            environment.setenv(name, "testing")
-        environment.setenv("AWS_EC2_METADATA_DISABLED", "true")
-        host, port = server.get_host_and_port()
-        query = f"endpoint_override={host}:{port}&scheme=http&region=us-east-1"
-        maker, _ = pyarrow.fs.FileSystem.from_uri(f"s3://bucket?{query}&allow_bucket_creation=true")
-        maker.create_dir("bucket")
-        yield query
-    server.stop()
 
 
 @pytest.fixture(params=["local", "s3"])

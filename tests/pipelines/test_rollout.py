@@ -245,12 +245,14 @@ def test_an_interrupted_rollout_leaves_a_file_that_plays(
 
 
 def test_an_error_leaves_no_file(rollout: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    def fail(stream: Stream, block: torch.Tensor) -> np.ndarray:
-        raise ArithmeticError("the stream's pictures are not finite after 0 frames")
+    show = Stream._show
 
-    monkeypatch.setattr(Stream, "_show", fail)
+    def fail_later(stream: Stream, block: torch.Tensor) -> np.ndarray:
+        return show(stream, block * torch.nan if stream.frames_out == 9 else block)
+
+    monkeypatch.setattr(Stream, "_show", fail_later)
     assert rollout("--prompt", PROMPT, "--out", tmp_path / "v.mp4", *SMALL) == 2
-    assert "not finite" in capsys.readouterr().err
+    assert "not finite after 9 frames" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
 

@@ -1,0 +1,101 @@
+"""Kills processes of a running command: its workers on Ray, or its driver. Only ones that this process started."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from reelway.cluster.manifest import tar_names
+from reelway.cluster.storage import Storage
+
+LOOK = 0.005  # seconds between two looks
+
+
+def wait_until(true: Callable[[], object], seconds: float = 60.0) -> bool:
+    deadline = time.monotonic() + seconds
+    while not true() and time.monotonic() < deadline:
+        time.sleep(LOOK)
+    return bool(true())
+
+
+def is_worker_of_ours(pid: int) -> bool:
+    """Whether a pool's worker on Ray has this number, and descends from this process."""
+    with suppress(OSError):
+        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::Host"):
+            while pid > 1:
+                if pid == os.getpid():
+                    return True
+                pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    return False
+
+
+def in_mid_shard(staging: Path) -> list[int]:
+    """The workers that have a tar half written in a folder: a temporary's name begins with its writer's number."""
+    writers = {int(path.name.split("-")[1]) for path in staging.glob(".partial-*-shard-*.tar")}
+    return sorted(filter(is_worker_of_ours, writers))
+
+
+def marked(mark: str) -> set[int]:
+    """Processes that live and were started with this text in their environment."""
+    found = set()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with suppress(OSError):
+            if mark.encode() in path.read_bytes():
+                found.add(int(path.parent.name))
+    return found
+
+
+@dataclass(frozen=True)
+class Strike:
+    """When to do it: `pause` seconds after `standing` shards are there and `busy` workers are in mid-shard."""
+
+    standing: int = 0
+    busy: int = 0
+    pause: float = 0.0
+
+    def wait(self, out: Storage, staging: Path, over: threading.Event) -> list[int] | None:
+        """The workers that were in mid-shard when its time had come; None when it does not come any more."""
+        while not over.is_set():
+            workers = in_mid_shard(staging)
+            if len(workers) >= self.busy and len(tar_names(out)) >= self.standing:
+                over.wait(self.pause)
+                return workers
+            over.wait(LOOK)
+        return None
+
+
+@contextmanager
+def when(strike: Strike, out: Storage, staging: Path, do: Callable[[list[int]], None]) -> Iterator[list[int]]:
+    """Do something to the workers in mid-shard, once, while the block runs; gives those that it was done to."""
+    over, struck = threading.Event(), list[int]()
+
+    def act() -> None:
+        workers = strike.wait(out, staging, over)
+        if workers is not None:
+            do(workers)
+            struck.extend(workers)
+
+    with ThreadPoolExecutor(1) as thread:
+        acting = thread.submit(act)
+        try:
+            yield struck
+        finally:
+            over.set()
+    acting.result()
+
+
+def kill_workers(count: int) -> Callable[[list[int]], None]:
+    """Kill the first ones, all at the same moment."""
+
+    def kill(workers: list[int]) -> None:
+        for pid in workers[:count]:
+            if is_worker_of_ours(pid):
+                with suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    return kill
