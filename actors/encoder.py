@@ -1,7 +1,5 @@
 """The encoder: clips of pixels to the VAE's latents, and captions to text embeddings, in batches."""
 
-import hashlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
@@ -13,6 +11,7 @@ from torch import Tensor
 from ..kernels.clips import Pixels
 from ..kernels.wan.text import TextEncoder
 from ..kernels.wan.vae import StreamingVAE, VAEState
+from .model_files import digest, read_json
 from .pretraining import to_pixels
 
 STORED: Final = torch.float16  # of latents: normalised, they lie within a few units, where it is finer than bfloat16
@@ -81,7 +80,7 @@ def vae_folder(model: Path) -> Path:
     """The VAE's folder of a model, or the folder itself where it is a VAE's. FileNotFoundError where it is neither."""
     for folder in (model / "vae", model):
         config = folder / "config.json"
-        if config.is_file() and "z_dim" in _read_config(config):
+        if config.is_file() and "z_dim" in read_json(config):
             if not any(folder.glob("*.safetensors")):
                 raise FileNotFoundError(f"{folder}: no .safetensors file; weights are read from nothing else")
             return folder
@@ -90,7 +89,7 @@ def vae_folder(model: Path) -> Path:
 
 def latents_shape(model: Path, height: int, width: int, frames: int) -> tuple[int, int, int, int]:
     """[F, C, h, w] of the latents of a clip of `frames` pixel frames. ValueError names the rule for other sizes."""
-    config = _read_config(vae_folder(model) / "config.json")
+    config = read_json(vae_folder(model) / "config.json")
     # Wan2.1's VAE, whose config does not name its factors, has diffusers' defaults.
     temporal, spatial = config.get("scale_factor_temporal", 4), config.get("scale_factor_spatial", 8)
     for name, size in (("height", height), ("width", width)):
@@ -108,34 +107,16 @@ def text_dim(model: Path) -> int:
             raise FileNotFoundError(
                 f"{model / part}: no such folder; text embeddings need a whole model, not a VAE alone"
             )
-    width: int = _read_config(model / "text_encoder" / "config.json")["d_model"]
+    width: int = read_json(model / "text_encoder" / "config.json")["d_model"]
     return width
 
 
 def vae_digest(model: Path) -> str:
     """sha256 over the VAE's config and weights."""
     folder = vae_folder(model)
-    return _digest(folder, [folder / "config.json", *folder.glob("*.safetensors")])
+    return digest(folder, [folder / "config.json", *folder.glob("*.safetensors")])
 
 
 def text_digest(model: Path) -> str:
     """sha256 over every file of the text encoder and the tokenizer."""
-    return _digest(model, [file for part in TEXT_PARTS for file in (model / part).rglob("*") if file.is_file()])
-
-
-def _digest(folder: Path, files: Sequence[Path]) -> str:
-    content = []
-    for path in sorted(files):
-        with path.open("rb") as file:
-            content.append([path.relative_to(folder).as_posix(), hashlib.file_digest(file, "sha256").hexdigest()])
-    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def _read_config(path: Path) -> dict[str, int]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must hold a JSON object, found {type(content).__name__}")
-    return content
+    return digest(model, [file for part in TEXT_PARTS for file in (model / part).rglob("*") if file.is_file()])

@@ -6,6 +6,7 @@ import json
 import os
 import tempfile
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Final
 
@@ -41,7 +42,7 @@ def transformer_config(folder: Path) -> TransformerConfig:
     """The transformer's sizes. ValueError names the file."""
     path = folder / "transformer" / "config.json"
     try:
-        return TransformerConfig.from_diffusers(_read_json(path))
+        return TransformerConfig.from_diffusers(read_json(path))
     except (TypeError, KeyError) as error:
         raise ValueError(f"{path}: {error}") from None
 
@@ -51,7 +52,7 @@ def latents_shape(folder: Path, height: int, width: int, frames: int) -> tuple[i
 
     Raises ValueError, naming the rule, for a size that the VAE or the transformer's patch does not divide.
     """
-    vae, config = _read_json(folder / "vae" / "config.json"), transformer_config(folder)
+    vae, config = read_json(folder / "vae" / "config.json"), transformer_config(folder)
     # Wan2.1's VAE, whose config does not name its factors, has diffusers' defaults.
     temporal, spatial = vae.get("scale_factor_temporal", 4), vae.get("scale_factor_spatial", 8)
     _, *patch = config.patch_size
@@ -71,16 +72,21 @@ def loading_bytes(folder: Path) -> int:
 
 
 def velocity_digest(folder: Path) -> str:
-    """sha256 over every file that decides the model's velocity: transformer, text encoder, tokenizer.
+    """sha256 over every file that decides the model's velocity: transformer, text encoder, tokenizer."""
+    return digest(folder, [file for part in DECISIVE for file in (folder / part).rglob("*") if file.is_file()])
+
+
+def digest(folder: Path, files: Iterable[Path]) -> str:
+    """sha256 over these files of a folder and their names in it.
 
     Hashes of large files are remembered in the user's cache folder, by path, size and times.
     """
-    files = sorted(file for part in DECISIVE for file in (folder / part).rglob("*") if file.is_file())
-    content = [[file.relative_to(folder).as_posix(), _sha256(file)] for file in files]
+    content = [[file.relative_to(folder).as_posix(), _sha256(file)] for file in sorted(files)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; ValueError in one line."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:

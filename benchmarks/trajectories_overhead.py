@@ -28,9 +28,10 @@ from reelway.cluster.session import start_or_join
 from reelway.cluster.storage import Storage
 from reelway.kernels.diffusion.sampler import euler_trajectory
 from reelway.kernels.sprites.splits import prompts as sprites_prompts
+from reelway.pipelines.making import known_kind
 from reelway.pipelines.prompts import unique
 from reelway.pipelines.recipe import TINY, load_recipe
-from reelway.pipelines.trajectory_job import Job, Order, known_kind, plan_job, worker_bytes
+from reelway.pipelines.trajectory_job import Job, Order, plan_job, worker_bytes
 
 
 def main(
@@ -46,7 +47,7 @@ def main(
     texts = unique(("", text) for text, _ in sprites_prompts("train", prompts)).texts
     with tempfile.TemporaryDirectory() as folder:
         order = Order(load_recipe(recipe, override), teacher.absolute(), texts, Storage.open(folder), device, threads)
-        kind = known_kind(order)
+        kind = known_kind(order.out, order.device)
         if kind is None:
             raise ValueError(f"--device {device}: no such device here")
         job = plan_job(order, kind)

@@ -133,12 +133,14 @@ class Board:
         return News(rows, ranks, len(self._attempts), self._fatal, self._stopped)
 
 
-def stuck(ranks: Sequence[RankState], seconds: float) -> list[RankState]:
+def stuck(ranks: Sequence[RankState], seconds: float, first_seconds: float) -> list[RankState]:
     """The ranks for which the others wait, once none has moved for `seconds`; empty while there is progress or no life.
 
+    first_seconds: instead of `seconds` until the first beat of all, while networks are built and weights are read.
     In this order: who is silent; who is not inside a collective operation while others are; who came least far.
     """
-    moves = any(state.still < seconds for state in ranks)
+    limit = seconds if any(state.pulse.beats for state in ranks) else first_seconds
+    moves = any(state.still < limit for state in ranks)
     lives = any(state.silent < GONE_SECONDS for state in ranks)
     if moves or not lives:
         return []

@@ -27,7 +27,7 @@ from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.train.v2.api.report_config import CheckpointUploadMode
 
-from .pool_host import reason_of_death
+from .pool_host import CAUSES, reason_of_death
 from .preflight import Requirements, check_placement, cluster_nodes
 from .telemetry import Board, Fatal, Heart, News, Pulse, Wish, in_words, stuck
 
@@ -63,8 +63,8 @@ class TrainingSettings:
 
     resources: of one worker. storage_path, name: the run's folder, which all workers see; a run of the same name
     goes on where it stopped. max_failures: restarts after lost workers. patience: where nothing moves for half of it,
-    the rank that hangs is named, and after the whole all are started again; longer than any step, checkpoint or start.
-    keep: checkpoints that are kept; None leaves them all to the caller.
+    the rank that hangs is named, and after the whole all are started again; longer than any step or checkpoint.
+    start_patience: the same until the first step. keep: checkpoints that are kept; None leaves them to the caller.
     """
 
     workers: int
@@ -73,14 +73,16 @@ class TrainingSettings:
     resources: Requirements = field(default_factory=Requirements)
     max_failures: int = 3
     patience: float = 1800.0
+    start_patience: float = 3600.0
     keep: int | None = None
 
     def __post_init__(self) -> None:
         for name, value, least in (("workers", self.workers, 1), ("max_failures", self.max_failures, 0)):
             if value < least:
                 raise ValueError(f"{name}: must be at least {least}, got {value}")
-        if not self.patience > 0:
-            raise ValueError(f"patience: must be above 0, got {self.patience}")
+        for name, seconds in (("patience", self.patience), ("start_patience", self.start_patience)):
+            if not seconds > 0:
+                raise ValueError(f"{name}: must be above 0, got {seconds}")
         if not self.name or "/" in self.name:
             raise ValueError(f"name: must be the name of a folder, got {self.name!r}")
 
@@ -217,7 +219,10 @@ def _trainer(function: Any, config: dict[str, Any], settings: TrainingSettings, 
     return _Trainer(
         _work,
         train_loop_config={"function": function, "config": config, "board": board, "folder": settings.folder},
-        torch_config=TorchConfig(backend="nccl" if need.gpus else "gloo", timeout_s=max(1, int(settings.patience))),
+        torch_config=TorchConfig(
+            backend="nccl" if need.gpus else "gloo",
+            timeout_s=max(1, int(max(settings.patience, settings.start_patience))),
+        ),
         scaling_config=ScalingConfig(
             num_workers=settings.workers, use_gpu=need.gpus > 0, resources_per_worker=per_worker
         ),
@@ -388,12 +393,13 @@ class _Run:
             self._note(f"workers were lost: started again, {news.starts - 1} of {self._settings.max_failures} times")
         if news.starts > self._starts:
             self._starts, self._hang = news.starts, None
-        culprits = stuck(news.ranks, self._settings.patience / 2)
+        patience, first = self._settings.patience, self._settings.start_patience
+        culprits = stuck(news.ranks, patience / 2, first / 2)
         if culprits and not self._hang:
             self._hang = in_words(culprits, len(news.ranks))
             self._note(self._hang)
         # DeepSpeed's own process groups wait for half an hour whatever the default group's timeout is.
-        if stuck(news.ranks, self._settings.patience):
+        if stuck(news.ranks, patience, first):
             self._board.condemn.remote()
         if news.fatal and self._fatal is None:
             self._fatal, self._fatal_since = news.fatal, time.monotonic()
@@ -453,6 +459,7 @@ def _reason(error: Exception) -> str:
         return " ".join(str(error).split())
     parts = []
     for rank, failure in sorted(error.worker_failures.items()):
-        text = reason_of_death(failure) if isinstance(failure, RayError) else str(failure).strip().splitlines()[-1]
+        died = isinstance(failure, RayError) or CAUSES in str(failure)
+        text = reason_of_death(failure) if died else str(failure).strip().splitlines()[-1]
         parts.append(f"rank {rank}: {text}")
     return "; ".join(parts)

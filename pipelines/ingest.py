@@ -11,13 +11,11 @@ from typing import Annotated, Any
 
 import pyarrow
 import pyarrow.compute
-import ray
 import typer
 from rich.console import Console
 
 from ..actors.sources import VideoFolder
 from ..actors.survey import FILTER, Surveyor
-from ..actors.trajectories import device_kind
 from ..cluster.dataset import Claim, claim, create_dataset
 from ..cluster.manifest import merge_manifest
 from ..cluster.pool import PoolReport, PoolSettings, Quarantined, run_pool
@@ -31,14 +29,13 @@ from .ingest_job import (
     Job,
     Material,
     Order,
-    check_same,
+    check_order,
     chunks,
     clip_settings,
     counts,
     gather,
     ingest_settings,
     keep_sources,
-    known_kind,
     known_sources,
     plan_job,
     quarantine,
@@ -48,6 +45,7 @@ from .ingest_job import (
     worker_bytes,
     write_quarantine,
 )
+from .making import PoolOptions, kind_of_workers, known_kind
 from .recipe import TINY, load_recipe
 
 OWNER = "reelway ingest"
@@ -75,6 +73,9 @@ def ingest_command(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     address: Annotated[str | None, typer.Option(help="A Ray to join: host:port or auto. Else one is started.")] = None,
+    autoscaling: Annotated[bool, typer.Option(help="The cluster adds nodes on demand: do not count what it has.")] = (
+        False
+    ),
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first videos, by path.")] = None,
     dry: Annotated[bool, typer.Option("--dry-run", help="Say what there is to do.")] = False,
 ) -> None:
@@ -87,42 +88,13 @@ def ingest_command(
     loaded = load_recipe(recipe, override)
     storage, folder = Storage.open(out), VideoFolder.open(videos)
     order = Order(loaded, folder, captions, vae.absolute(), storage, device, threads, lanes, limit)
-    pool = _Workers.parse(workers, device, gpus_per_worker, cpus)
+    pool = PoolOptions.parse(workers, device, gpus_per_worker, cpus, autoscaling)
     try:
         status = dry_run(order) if dry else run(order, pool, address, console)
     except KeyboardInterrupt:
         console.print(_stopped(storage))
         raise typer.Exit(130) from None
     raise typer.Exit(status)
-
-
-@dataclass(frozen=True)
-class _Workers:
-    """The pool that was asked for. most: None for as many as there is work for."""
-
-    least: int
-    most: int | None
-    cpus: int
-    gpus: float
-
-    @classmethod
-    def parse(cls, text: str | None, device: str, gpus: float | None, cpus: int) -> "_Workers":
-        least, colon, most = (text or "1").partition(":")
-        bounds = [least, most] if colon else [least, least]
-        if not all(bound.isdecimal() for bound in bounds):
-            raise ValueError(f"--workers: must be N or MIN:MAX, got {text!r}")
-        if gpus is None:
-            gpus = 1.0 if device == "cuda" else 0.0
-        return cls(int(bounds[0]), None if text is None else int(bounds[1]), cpus, gpus)
-
-    def encoding(self, order: Order, work: int) -> Requirements:
-        """work: pieces there are at most."""
-        most = max(self.least, work) if self.most is None else self.most
-        return Requirements(self.cpus, self.gpus, worker_bytes(order), self.least, most)
-
-    def surveying(self, work: int) -> Requirements:
-        """As many processors as the encoding pool has, without its GPUs."""
-        return Requirements(1, 0, 0, 1, max(1, work if self.most is None else self.most * self.cpus))
 
 
 # --- The job -------------------------------------------------------------------------------------------------------
@@ -141,15 +113,15 @@ class _Made:
         return self.report is not None and self.report.interrupted
 
 
-def run(order: Order, pool: _Workers, address: str | None, console: Console) -> int:
+def run(order: Order, pool: PoolOptions, address: str | None, console: Console) -> int:
     """Make what is missing of an order; the exit code. 0: something could be used. 1: nothing could, or shards are
     missing because workers failed. 130: interrupted.
     """
     clip_settings(order.recipe)
-    kind = known_kind(order)
+    kind = known_kind(order.out, order.device)
     ingest_settings(order, kind or order.device)
     material = gather(order)
-    check_same(order, material, kind)
+    check_order(order, material, kind)
     console.print(_intake(material))
     sources = known_sources(order, material)
     if sources is not None and kind is not None:
@@ -158,7 +130,7 @@ def run(order: Order, pool: _Workers, address: str | None, console: Console) -> 
             typer.echo(f"{order.out.uri}: all shards are there already")
             with claim(order.out, OWNER):
                 return _finish(job, _Made(), console)
-    need = pool.encoding(order, max(1, len(material.videos)))
+    need = pool.requirements(worker_bytes(order), max(1, len(material.videos)))
     with start_or_join(address, requirements=need, output=order.out.uri) as session, claim(order.out, OWNER) as held:
         for line in session.preflight:
             console.print(line)
@@ -167,27 +139,32 @@ def run(order: Order, pool: _Workers, address: str | None, console: Console) -> 
             if looked.interrupted or looked.failed:
                 return _fail(order, looked, "chunks of videos could not be surveyed", console)
             sources = keep_sources(order, material)
-        job = plan_job(order, material, sources, kind or _kind_of_workers(need))
+        job = plan_job(order, material, sources, kind or kind_of_workers(order.device, need))
         made = _make(job, pool, held)
         if made.interrupted or made.failed:
             return _fail(order, made, f"of {_many(len(job.shards), 'shard')} could not be made", console)
         return _finish(job, made, console)
 
 
-def _survey(order: Order, material: Material, pool: _Workers, held: Claim) -> _Made:
+def _surveying(pool: PoolOptions, work: int) -> Requirements:
+    """As many processors as the encoding pool has, without its GPUs."""
+    return Requirements(1, 0, 0, 1, max(1, work if pool.most is None else round(pool.most * pool.cpus)))
+
+
+def _survey(order: Order, material: Material, pool: PoolOptions, held: Claim) -> _Made:
     done = surveyed(order.out)
     left = [chunk for chunk in chunks(order, material) if chunk.name not in done]
-    return _pool(surveyor(order), left, pool.surveying(len(left)), "survey", held) if left else _Made()
+    return _pool(surveyor(order), left, _surveying(pool, len(left)), "survey", held) if left else _Made()
 
 
-def _make(job: Job, pool: _Workers, held: Claim) -> _Made:
+def _make(job: Job, pool: PoolOptions, held: Claim) -> _Made:
     """Run the encoding pool over what is missing."""
     order = job.order
     create_dataset(order.out, job.info)
     order.out.remove_stale()
     left = job.pending()
     check_output(order.out.uri, sum(shard.items.num_rows for shard in left) * _sample_bytes(job))
-    return _pool(job.worker(), left, pool.encoding(order, len(left)), KIND, held) if left else _Made()
+    return _pool(job.worker(), left, pool.requirements(worker_bytes(order), len(left)), KIND, held) if left else _Made()
 
 
 def _pool(worker: Any, work: Sequence[Any], need: Requirements, name: str, held: Claim) -> _Made:
@@ -202,13 +179,6 @@ def _pool(worker: Any, work: Sequence[Any], need: Requirements, name: str, held:
 
     made.report = run_pool(worker, work, PoolSettings(need, name, retry_on=RETRIED), keep, on_quarantine=note)
     return made
-
-
-def _kind_of_workers(need: Requirements) -> str:
-    """What the workers will run on, asked of a process with one worker's resources."""
-    ask = ray.remote(device_kind).options(num_cpus=need.cpus, num_gpus=need.gpus)
-    kind: str = ray.get(ask.remote("cuda"))
-    return kind
 
 
 def _sample_bytes(job: Job) -> int:
@@ -295,10 +265,10 @@ def _many(count: int, unit: str) -> str:
 
 def dry_run(order: Order) -> int:
     """Say what there is, from the survey if it was made, else from some of the videos. Nothing is written."""
-    kind = known_kind(order) or order.device
+    kind = known_kind(order.out, order.device) or order.device
     ingest_settings(order, kind)
     material = gather(order)
-    check_same(order, material, None)
+    check_order(order, material, None)
     typer.echo(_intake(material))
     sources = known_sources(order, material)
     about = ""

@@ -12,7 +12,6 @@ import io
 import json
 import posixpath
 import tempfile
-import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -33,11 +32,11 @@ from ..actors.encoder import STORED, latents_shape, text_digest, text_dim, vae_d
 from ..actors.ingest import BATCHES_AHEAD, SAMPLE_FORMAT, IngestSettings, IngestWorker
 from ..actors.sources import VideoFile, VideoFolder
 from ..actors.survey import FOLDER, Chunk, Surveyor
-from ..actors.trajectories import device_kind
 from ..cluster.dataset import INFO, DatasetInfo, read_dataset
 from ..cluster.manifest import ManifestRow, ShardPlan, pending, plan, read_sound_record
 from ..cluster.storage import Storage
 from .captions import CaptionProblem, Reading, read_beside, read_captions
+from .making import check_same
 from .recipe import Recipe, fingerprint
 
 KIND: Final = "latents"
@@ -295,19 +294,6 @@ class Job:
         return partial(IngestWorker, self.order.videos, self.order.model, self.order.out, self.settings)
 
 
-def known_kind(order: Order) -> str | None:
-    """The kind of device that the job runs on, if that is known here: the one that the data set was begun on, else
-    this machine's; None when only the workers have such a device.
-    """
-    if order.out.exists(INFO):
-        stored = read_dataset(order.out).made_by.get("device")
-        if isinstance(stored, str):
-            return stored
-    if torch.device(order.device).type == "cuda" and not torch.cuda.is_available():
-        return None
-    return device_kind(order.device)
-
-
 def plan_job(order: Order, material: Material, sources: pyarrow.Table, kind: str) -> Job:
     """Plan every clip and shard."""
     settings = ingest_settings(order, kind)
@@ -318,19 +304,11 @@ def plan_job(order: Order, material: Material, sources: pyarrow.Table, kind: str
     return Job(order, material, sources, settings, info, shards)
 
 
-def check_same(order: Order, material: Material, kind: str | None) -> None:
+def check_order(order: Order, material: Material, kind: str | None) -> None:
     """Raises ValueError, naming the first setting that differs, when the folder holds another data set."""
-    if not order.out.exists(INFO):
-        return
-    stored = read_dataset(order.out)
-    if stored.kind != KIND:
-        raise ValueError(f"{order.out.uri}: holds a data set of {stored.kind}, not of {KIND}; choose another --out")
-    made_by = _made_by(order, material, ingest_settings(order, kind or str(stored.made_by.get("device"))))
-    before, now = dict(_flat(stored.made_by)), dict(_flat(made_by))
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            difference = f"{name} is {_short(before.get(name))} there and {_short(now.get(name))} here"
-            raise ValueError(f"{order.out.uri}: was made otherwise: {difference}; choose another --out")
+    if order.out.exists(INFO):
+        stored = str(read_dataset(order.out).made_by.get("device"))
+        check_same(order.out, KIND, _made_by(order, material, ingest_settings(order, kind or stored)))
 
 
 def ingest_settings(order: Order, kind: str) -> IngestSettings:
@@ -450,15 +428,3 @@ def _parquet(table: pyarrow.Table) -> bytes:
     sink = io.BytesIO()
     pyarrow.parquet.write_table(table, sink, compression="zstd")
     return sink.getvalue()
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in table.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
-
-
-def _short(value: Any) -> str:
-    return textwrap.shorten(repr(value), 60, placeholder=" ...")

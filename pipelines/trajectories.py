@@ -6,12 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-import ray
 import typer
-from ray.exceptions import RayTaskError
 from rich.console import Console
 
-from ..actors.trajectories import device_kind
 from ..cluster.dataset import claim, create_dataset
 from ..cluster.manifest import ManifestRow, merge_manifest, read_manifest, read_sound_record
 from ..cluster.pool import PoolReport, PoolSettings, Quarantined, run_pool
@@ -19,10 +16,11 @@ from ..cluster.preflight import Requirements, in_gib
 from ..cluster.session import start_or_join
 from ..cluster.storage import Storage, StorageError
 from ..kernels.sprites.splits import prompts as sprites_prompts
+from .making import PoolOptions, kind_of_workers, known_kind
 from .prompts import Prompts, read_prompts, unique
 from .recipe import TINY, Recipe, WorldRecipe, load_recipe
 from .trajectory_checks import SHEET, dry_run, validate
-from .trajectory_job import KIND, Job, Order, known_kind, plan_job, worker_bytes
+from .trajectory_job import KIND, Job, Order, plan_job, shard_count, worker_bytes
 
 OWNER = "reelway trajectories"
 LISTED = 20  # problems and reasons that are printed
@@ -61,13 +59,13 @@ def trajectories_command(
     loaded = load_recipe(recipe, changes)
     chosen = choose_prompts(loaded, prompts, sprites, limit, console)
     order = Order(loaded, teacher.absolute(), chosen, Storage.open(out), device, threads)
-    pool = _Workers.parse(workers, device, gpus_per_worker, cpus_per_worker or threads, autoscaling)
+    pool = PoolOptions.parse(workers, device, gpus_per_worker, cpus_per_worker or threads, autoscaling)
     try:
         if dry:
             for line in dry_run(order, pool.most, pool.gpus).lines(cost_per_hour):
                 typer.echo(line)
             return
-        status = run(order, pool.requirements(order), address, console, check=check)
+        status = run(order, pool.requirements(worker_bytes(order), shard_count(order)), address, console, check=check)
     except KeyboardInterrupt:
         console.print(_stopped(order.out))
         raise typer.Exit(130) from None
@@ -95,35 +93,6 @@ def _sprites(recipe: Recipe, count: int) -> Prompts:
     return unique((f"caption {index}", text) for index, (text, _) in enumerate(captions))
 
 
-@dataclass(frozen=True)
-class _Workers:
-    """The pool that was asked for. most: None for as many as there are shards."""
-
-    least: int
-    most: int | None
-    cpus: float
-    gpus: float
-    autoscaling: bool
-
-    @classmethod
-    def parse(cls, text: str | None, device: str, gpus: float | None, cpus: float, autoscaling: bool) -> "_Workers":
-        least, colon, most = (text or "").partition(":")
-        bounds = [least, most] if colon else [least, least]
-        if text is not None and not all(bound.isdecimal() for bound in bounds):
-            raise ValueError(f"--workers: must be N or MIN:MAX, got {text!r}")
-        if gpus is None:
-            gpus = 1.0 if device == "cuda" else 0.0
-        if text is None:
-            return cls(1, None, cpus, gpus, autoscaling)
-        return cls(int(bounds[0]), int(bounds[1]), cpus, gpus, autoscaling)
-
-    def requirements(self, order: Order) -> Requirements:
-        recipe = order.recipe.trajectories
-        shards = -(-len(order.prompts) * recipe.samples // recipe.per_shard)
-        most = max(self.least, shards) if self.most is None else self.most
-        return Requirements(self.cpus, self.gpus, worker_bytes(order), self.least, most, cluster_grows=self.autoscaling)
-
-
 # --- The job ---------------------------------------------------------------------------------------------------
 
 
@@ -144,7 +113,7 @@ def run(order: Order, need: Requirements, address: str | None, console: Console,
     """Make what is missing of an order; the exit code. 0: the set is whole. 1: shards or all samples are missing, or
     `check` found something. 130: interrupted.
     """
-    kind = known_kind(order)
+    kind = known_kind(order.out, order.device)
     job = plan_job(order, kind or order.device)
     left = job.pending() if kind else job.shards
     made = _Made()
@@ -154,7 +123,7 @@ def run(order: Order, need: Requirements, address: str | None, console: Console,
             for line in session.preflight:
                 console.print(line)
             if kind is None:
-                job = plan_job(order, _kind_of_workers(order.device, need))
+                job = plan_job(order, kind_of_workers(order.device, need))
             made = _make(job, need)
     if made.report and made.report.interrupted:
         console.print(_stopped(order.out))
@@ -186,16 +155,6 @@ def _make(job: Job, need: Requirements) -> _Made:
         if not made.failed and not made.report.interrupted:
             merge_manifest(out)
     return made
-
-
-def _kind_of_workers(device: str, need: Requirements) -> str:
-    """What the workers will run on, asked of a process with one worker's resources."""
-    ask = ray.remote(device_kind).options(num_cpus=need.cpus, num_gpus=need.gpus)
-    try:
-        kind: str = ray.get(ask.remote(device))
-    except RayTaskError as error:
-        raise ValueError(str(error.cause)) from None
-    return kind
 
 
 def _finish(job: Job, made: _Made, console: Console, check: bool) -> int:

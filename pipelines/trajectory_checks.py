@@ -23,8 +23,9 @@ from ..cluster.dataset import Sample, ShardError, decode_sample, read_samples
 from ..cluster.manifest import ShardPlan, read_sound_record
 from ..cluster.preflight import in_gib
 from ..kernels.wan.vae import StreamingVAE
+from .making import known_kind
 from .sheet import contact_sheet
-from .trajectory_job import Job, Order, known_kind, plan_job
+from .trajectory_job import Job, Order, plan_job
 
 SHEET: Final = "validate.png"
 CHECKED: Final = 64  # samples that are read, evenly spread over the set
@@ -68,7 +69,7 @@ class DryRun:
 
 def dry_run(order: Order, workers: int | None, gpus_per_worker: float) -> DryRun:
     """Plan an order and time a few steps of its first batch here. Writes nothing."""
-    kind = known_kind(order)
+    kind = known_kind(order.out, order.device)
     job = plan_job(order, kind or order.device)
     left = job.pending()
     here = order.device == "cpu" or torch.cuda.is_available()

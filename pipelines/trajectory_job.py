@@ -1,6 +1,5 @@
 """What `reelway trajectories` has to make: from a recipe, a teacher and prompts to planned shards."""
 
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,11 +16,12 @@ from ..actors.model_files import (
     transformer_config,
     velocity_digest,
 )
-from ..actors.trajectories import SAMPLE_FORMAT, TrajectorySettings, TrajectoryWorker, device_kind, shard_bytes
-from ..cluster.dataset import INFO, DatasetInfo, read_dataset
+from ..actors.trajectories import SAMPLE_FORMAT, TrajectorySettings, TrajectoryWorker, shard_bytes
+from ..cluster.dataset import DatasetInfo
 from ..cluster.manifest import ShardPlan, pending, plan
 from ..cluster.storage import Storage
 from ..kernels.diffusion.sampler import recording_grid
+from .making import check_same
 from .recipe import Recipe, fingerprint
 
 KIND: Final = "trajectories"
@@ -56,7 +56,7 @@ class Job:
 
     def pending(self) -> list[ShardPlan]:
         """The shards still to be made. ValueError when the folder holds another data set."""
-        _check_same(self.order.out, self.info)
+        check_same(self.order.out, KIND, self.info.made_by)
         return pending(self.order.out, self.shards)
 
     def bytes(self, shards: Sequence[ShardPlan], text_rows: Mapping[str, int] | None = None) -> int:
@@ -68,19 +68,6 @@ class Job:
         return partial(TrajectoryWorker, self.order.teacher, self.order.out, self.settings)
 
 
-def known_kind(order: Order) -> str | None:
-    """The kind of device that the job runs on, if that is known here: the one that the data set was begun on, else
-    this machine's; None when only the workers have such a device.
-    """
-    if order.out.exists(INFO):
-        stored = read_dataset(order.out).made_by.get("device")
-        if isinstance(stored, str):
-            return stored
-    if order.device == "cuda" and not torch.cuda.is_available():
-        return None
-    return device_kind(order.device)
-
-
 def plan_job(order: Order, kind: str) -> Job:
     """Plan every sample and shard. ValueError or FileNotFoundError names what is wrong with the recipe or teacher."""
     settings = _settings(order, kind)
@@ -89,6 +76,12 @@ def plan_job(order: Order, kind: str) -> Job:
     info = DatasetInfo(kind=KIND, fields=settings.fields(), made_by=made_by, fingerprint=identity)
     items = _items(order.prompts, order.recipe.trajectories.samples)
     return Job(order, settings, info, plan(items, order.recipe.trajectories.per_shard, identity))
+
+
+def shard_count(order: Order) -> int:
+    """How many shards there will be."""
+    recipe = order.recipe.trajectories
+    return -(-len(order.prompts) * recipe.samples // recipe.per_shard)
 
 
 def worker_bytes(order: Order) -> int:
@@ -168,28 +161,3 @@ def _items(prompts: Sequence[str], samples: int) -> pyarrow.Table:
             "sample": [sample for _, _, sample in rows],
         }
     )
-
-
-def _check_same(out: Storage, info: DatasetInfo) -> None:
-    """Raises ValueError, naming the first setting that differs, when the folder holds another data set."""
-    if not out.exists(INFO):
-        return
-    stored = read_dataset(out)
-    if stored.kind != info.kind:
-        raise ValueError(f"{out.uri}: holds a data set of {stored.kind}, not of {info.kind}; choose another --out")
-    before, now = _flat(stored.made_by), _flat(info.made_by)
-    for name in sorted(before.keys() | now.keys()):
-        if before.get(name) != now.get(name):
-            difference = f"{name} is {_short(before.get(name))} there and {_short(now.get(name))} here"
-            raise ValueError(f"{out.uri}: was made otherwise: {difference}; choose another --out")
-
-
-def _flat(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in table.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
-
-
-def _short(value: Any) -> str:
-    return textwrap.shorten(repr(value), 60, placeholder=" ...")

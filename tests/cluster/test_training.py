@@ -54,7 +54,7 @@ def train(config: dict[str, Any], host: TrainingHost) -> dict[str, Any]:
         if folder:
             engine.load(folder)
     while engine.updates < UPDATES:
-        config["trouble"](engine.updates, host.ranks.rank)
+        config["trouble"](engine.updates, host)
         loss = error(engine.network, *share(engine.updates, host.ranks.rank, host.ranks.size))
         engine.backward(loss)
         engine.step()
@@ -71,7 +71,7 @@ def train(config: dict[str, Any], host: TrainingHost) -> dict[str, Any]:
     return {name: value.numpy() for name, value in engine.weights().items()}  # Ray returns no tensors
 
 
-def no_trouble(update: int, rank: int) -> None:
+def no_trouble(update: int, host: TrainingHost) -> None:
     pass
 
 
@@ -126,8 +126,8 @@ class HangsOnce:
     def __init__(self, folder: Path) -> None:
         self.mark = folder / "hung"
 
-    def __call__(self, update: int, rank: int) -> None:
-        if update == 3 and rank == 1 and not self.mark.exists():
+    def __call__(self, update: int, host: TrainingHost) -> None:
+        if update == 3 and host.ranks.rank == 1 and not self.mark.exists():
             self.mark.touch()
             time.sleep(1000)
 
@@ -155,7 +155,13 @@ def test_hanging_and_killed_workers_do_not_change_the_result(ray_session: Sessio
 
 
 def test_ctrl_c_keeps_the_step_and_the_same_run_goes_on(ray_session: Session, tmp_path: Path) -> None:
-    config = {"stage": 1, "trouble": lambda update, rank: time.sleep(0.4)}
+    def slow(update: int, host: TrainingHost) -> None:
+        """In update 3, work until the interruption is known."""
+        deadline = time.monotonic() + 60
+        while update == 2 and not host.interrupted() and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    config = {"stage": 1, "trouble": slow}
     rows: list[dict[str, float]] = []
 
     def interrupt_at_first(row: dict[str, float]) -> None:
@@ -169,7 +175,7 @@ def test_ctrl_c_keeps_the_step_and_the_same_run_goes_on(ray_session: Session, tm
     assert signal.getsignal(signal.SIGINT) is before
     assert ending.value.checkpoint is not None
     kept = rows[-1]["update"]
-    assert kept < UPDATES, "the run ended before its end"
+    assert kept == 3, "the step that ran was finished and kept"
 
     rows.clear()
     report = run_training(train, config | {"trouble": no_trouble}, hosted(tmp_path, "run"), on_metrics=rows.append)
@@ -178,8 +184,8 @@ def test_ctrl_c_keeps_the_step_and_the_same_run_goes_on(ray_session: Session, tm
 
 
 def test_a_users_mistake_on_one_rank_ends_the_run_at_once(ray_session: Session, tmp_path: Path) -> None:
-    def mistaken(update: int, rank: int) -> None:
-        if rank == 1:
+    def mistaken(update: int, host: TrainingHost) -> None:
+        if host.ranks.rank == 1:
             raise ValueError("batch: must be a multiple of 3, got 8")
 
     began = time.monotonic()
@@ -206,13 +212,15 @@ def ranks_of(states: list[RankState]) -> list[int]:
 
 
 def test_the_stuck_rank_is_the_one_the_others_wait_for() -> None:
-    assert ranks_of(stuck([state(0, 5, waits=True), state(1, 5)], 30)) == [1]
-    assert ranks_of(stuck([state(0, 5, waits=True), state(1, 4, waits=True)], 30)) == [1]
-    assert ranks_of(stuck([state(0, 5, waits=True), state(1, 9, silent=20.0)], 30)) == [1]
-    assert ranks_of(stuck([state(0, 5, waits=True), state(1, 5, waits=True)], 30)) == [0, 1]
-    assert stuck([state(0, 5, waits=True), state(1, 5, still=29.0)], 30) == []
-    assert stuck([state(0, 5, silent=6.0), state(1, 5, silent=60.0)], 30) == [], "nobody is left to wait"
-    assert stuck([], 30) == []
+    assert ranks_of(stuck([state(0, 5, waits=True), state(1, 5)], 30, 600)) == [1]
+    assert ranks_of(stuck([state(0, 5, waits=True), state(1, 4, waits=True)], 30, 600)) == [1]
+    assert ranks_of(stuck([state(0, 5, waits=True), state(1, 9, silent=20.0)], 30, 600)) == [1]
+    assert ranks_of(stuck([state(0, 5, waits=True), state(1, 5, waits=True)], 30, 600)) == [0, 1]
+    assert stuck([state(0, 5, waits=True), state(1, 5, still=29.0)], 30, 600) == []
+    assert stuck([state(0, 5, silent=6.0), state(1, 5, silent=60.0)], 30, 600) == [], "nobody is left to wait"
+    assert stuck([state(0, 0), state(1, 0)], 30, 600) == [], "both still read their weights"
+    assert ranks_of(stuck([state(0, 0, still=601.0), state(1, 0, waits=True, still=601.0)], 30, 600)) == [0]
+    assert stuck([], 30, 600) == []
 
 
 def test_a_stuck_rank_is_named_with_its_place() -> None:

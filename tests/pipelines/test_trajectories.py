@@ -461,7 +461,7 @@ def test_any_number_of_workers_gives_the_same_bytes(
     """With two of them the driver does not know the device, as on a head without a GPU, and has to ask."""
     out = tmp_path / "set"
     if workers == 2:
-        monkeypatch.setattr(trajectories, "known_kind", lambda order: None)
+        monkeypatch.setattr(trajectories, "known_kind", lambda out, device: None)
     assert call(small_teacher, out, "--prompts", prompts, "--workers", workers) == 0
     assert content(out) == content(made)
     output = capsys.readouterr()
@@ -473,4 +473,4 @@ def test_any_number_of_workers_gives_the_same_bytes(
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 def test_workers_without_the_device_are_one_line(ray_session: Session) -> None:
     with pytest.raises(ValueError, match=r"^device: this process sees no CUDA device, cuda was asked for$"):
-        trajectories._kind_of_workers("cuda", Requirements(cpus=0.5))
+        trajectories.kind_of_workers("cuda", Requirements(cpus=0.5))
