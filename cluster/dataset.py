@@ -279,10 +279,11 @@ class Claim:
         self._heart = threading.Thread(target=self._keep_alive, name=f"claim of {owner}", daemon=True)
 
     def __enter__(self) -> Self:
-        self._write(held=False)
         try:
+            self._write(held=False)  # a store may keep it and yet fail to say so
             self._wait_to_be_alone()
             self._write(held=True)
+            self._storage.remove_stale(folder=CLAIMS)
         except BaseException:
             self._delete()
             raise

@@ -193,13 +193,23 @@ def read_manifest(storage: Storage) -> list[ManifestRow]:
     content = storage.read(MANIFEST)
     where = storage.where(MANIFEST)
     try:
-        table = pyarrow.parquet.read_table(pyarrow.BufferReader(content))
+        table = table_of(content)
         return [ManifestRow(**row) for row in table.to_pylist()]
     except ValidationError as error:
         first = error.errors()[0]
         raise ValueError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except (pyarrow.ArrowException, OSError, TypeError) as error:
         raise ValueError(f"{where}: not a manifest: {str(error).splitlines()[0]}") from None
+
+
+def table_of(content: bytes) -> pyarrow.Table:
+    """A Parquet file's table, read in this thread alone.
+
+    `read_table` leaves it to Arrow's threads to let go of the bytes; one that does so while Python ends aborts the
+    process.
+    """
+    with pyarrow.parquet.ParquetFile(pyarrow.BufferReader(content)) as file:
+        return file.read(use_threads=False)
 
 
 def read_record(storage: Storage, name: str) -> ShardRecord | None:

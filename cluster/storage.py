@@ -17,6 +17,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import urlsplit, urlunsplit
@@ -25,6 +26,8 @@ import pyarrow
 from pyarrow import fs
 
 TEMPORARY = ".partial-"
+_STAGED = re.compile(re.escape(TEMPORARY) + r"\d+-[0-9a-f]{12}-")  # the names that `stage` gives
+ABANDONED_SECONDS = 86400.0  # since the last write to a temporary that no claim protects
 BLOCK = 1 << 20  # bytes that one read asks for
 OBJECT_STORES = ("s3", "gs", "gcs")
 
@@ -200,17 +203,18 @@ class Storage(ABC):
         finally:
             staged.abandon()
 
-    def remove_stale(self, older_than: float = 3600.0) -> list[str]:
-        """Remove temporaries that nobody has written to for some seconds; returns their names.
+    def remove_stale(self, older_than: float = 3600.0, folder: str = "") -> list[str]:
+        """Remove temporaries directly in a folder that nobody has written to for some seconds; returns their names.
 
+        Who alone may write there (see `claim`) need not wait: what is there then was left by a writer that died.
         Unfinished uploads of an object store are invisible here: give the bucket a lifecycle rule that aborts
         them.
         """
         written_before = time.time() - older_than
-        temporaries = [entry for entry in self._all_entries("") if _is_temporary(entry.name)]
+        temporaries = [entry for entry in self._all_entries(folder) if _is_temporary(entry.name)]
         stale = [entry for entry in temporaries if entry.modified < written_before]
         for entry in stale:
-            self.delete(entry.name)
+            self.delete(f"{folder}/{entry.name}" if folder else entry.name)
         return [entry.name for entry in stale]
 
     @abstractmethod
@@ -296,7 +300,7 @@ class ObjectStorage(Storage):
         super().__init__(address, uri, filesystem, root.rstrip("/"))
 
     def _staging_folder(self, name: str) -> Path:
-        return Path(tempfile.gettempdir())
+        return _swept_temporary_folder()
 
     def _put(self, name: str, path: Path, replace: bool) -> bool:
         size = path.stat().st_size
@@ -307,6 +311,18 @@ class ObjectStorage(Storage):
         if self.size(name) != size:
             raise StorageError(f"{self.where(name)}: sent {size} bytes, the store has {self.size(name)}")
         return True
+
+
+@cache
+def _swept_temporary_folder() -> Path:
+    """This machine's folder for temporaries. Those that killed writers left there are removed, once in a process."""
+    folder = Path(tempfile.gettempdir())
+    written_before = time.time() - ABANDONED_SECONDS
+    for path in filter(lambda path: _STAGED.match(path.name), folder.glob(f"{TEMPORARY}*")):
+        with contextlib.suppress(OSError):  # another process was quicker, or it is another user's
+            if path.stat().st_mtime < written_before:
+                path.unlink()
+    return folder
 
 
 def _with_single_put(address: str) -> str:

@@ -3,6 +3,7 @@
 import enum
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import torch
 import typer
@@ -11,11 +12,19 @@ from rich.console import Console
 from ..actors.engine import TorchEngine
 from ..actors.learning.causality import CausalityError
 from ..cluster.storage import StorageError
+from ..cluster.training import TrainingFailed
 from .training import RUN, EngineFactory
 
 
 class EngineKind(enum.StrEnum):
     plain = "plain"
+    zero = "zero"
+
+
+EngineOption = Annotated[EngineKind, typer.Option(help="plain: this process. zero: DeepSpeed ZeRO on Ray workers.")]
+WorkersOption = Annotated[int, typer.Option(min=1, help="zero: processes, one device each.")]
+CpusOption = Annotated[float, typer.Option(min=0.1, help="zero: CPUs of a worker.")]
+AddressOption = Annotated[str | None, typer.Option(help="zero: a Ray to join: host:port or auto. Else one is started.")]
 
 
 def check_device(device: str) -> None:
@@ -41,6 +50,9 @@ def finish_command(run: Path, work: Callable[[], bool]) -> None:
         raise typer.Exit(130) from None
     except (FloatingPointError, CausalityError) as error:
         console.print(f"{run}: stopped: {error}")
+        raise typer.Exit(1) from None
+    except TrainingFailed as error:
+        console.print(f"{run}: stopped: {error}. The same command goes on from the last checkpoint.")
         raise typer.Exit(1) from None
     except StorageError as error:
         raise ValueError(str(error)) from error

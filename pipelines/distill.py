@@ -19,7 +19,16 @@ from ..actors.learning.long_rollouts import LongRollouts
 from ..actors.learning.sources import ClipSource, NoisedClips, Rollouts, RolloutShape, StudentRollout
 from ..actors.model_files import check_model, latents_shape, transformer_config, velocity_digest
 from ..kernels.causal.student import StudentSettings
-from .commands import EngineKind, check_device, finish_command, plain_engines
+from .commands import (
+    AddressOption,
+    CpusOption,
+    EngineKind,
+    EngineOption,
+    WorkersOption,
+    check_device,
+    finish_command,
+    plain_engines,
+)
 from .memory import TrainedClips, TrainedNetwork, memory_lines
 from .recipe import TINY, DistillRecipe, Recipe, load_recipe
 from .samples import SPRITES, Batches, Deal, PromptBatches, ShardBatches, TrainingData, training_prompts
@@ -66,6 +75,7 @@ class DistillJob:
     data: str | None
     prompts: str | None
     run: str
+    engine: str = "plain"
 
     def settings(self) -> tuple[Recipe, DistillRecipe]:
         """The recipe and its section of the method."""
@@ -105,7 +115,10 @@ def distill_command(
     recipe: Annotated[Path, typer.Option(help="Recipe file; the tiny one ships with the package.")] = TINY,
     override: Annotated[list[str] | None, typer.Option("--set", help="a.b=value: change the recipe.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    engine: Annotated[EngineKind, typer.Option(help="plain: one process.")] = EngineKind.plain,
+    engine: EngineOption = EngineKind.plain,
+    workers: WorkersOption = 1,
+    cpus_per_worker: CpusOption = 1.0,
+    address: AddressOption = None,
     dry: Annotated[bool, typer.Option("--dry-run", help="Say what memory the training takes.")] = False,
 ) -> None:
     """Train in RUN; the finished model is RUN/model, in the diffusers layout, with student.json."""
@@ -114,12 +127,20 @@ def distill_command(
     if given is None:
         raise ValueError(f"{needed}: --method {method.value} needs it")
     resolved = load_recipe(recipe, override).model_dump(mode="json")
-    job = DistillJob(resolved, method.value, str(student), str(teacher), data, prompts, str(run))
+    job = DistillJob(resolved, method.value, str(student), str(teacher), data, prompts, str(run), engine.value)
     if dry:
         for line in memory(job):
             typer.echo(line)
         return
-    finish_command(run, lambda: train(job, plain_engines(device), OneRank()))
+    if engine == EngineKind.plain:
+        finish_command(run, lambda: train(job, plain_engines(device), OneRank()))
+        return
+    from .hosting import Hosting, train_on_ray  # Ray and DeepSpeed take seconds to import
+
+    hosting = Hosting(workers, device, cpus_per_worker, 1.0 if device == "cuda" else 0.0, address)
+    recipe_used, section, *_ = job.settings()
+    console = Console(stderr=True, highlight=False)
+    finish_command(run, lambda: train_on_ray("distill", job, recipe_used.zero, section.steps, hosting, console))
 
 
 def to_device(network: nn.Module, device: torch.device) -> nn.Module:
@@ -279,6 +300,7 @@ def _scores(learner: DmdLearner) -> Scores:
 
 def _identity(job: DistillJob, recipe: Recipe, batches: Batches) -> dict[str, Any]:
     return {
+        "engine": job.engine,
         "student": recipe.student.model_dump(mode="json"),
         "clip": recipe.clip.model_dump(mode="json"),
         "negative_prompt": recipe.trajectories.negative_prompt,

@@ -33,7 +33,7 @@ from ..actors.ingest import BATCHES_AHEAD, SAMPLE_FORMAT, IngestSettings, Ingest
 from ..actors.sources import VideoFile, VideoFolder
 from ..actors.survey import FOLDER, Chunk, Surveyor
 from ..cluster.dataset import INFO, DatasetInfo, read_dataset
-from ..cluster.manifest import ManifestRow, ShardPlan, pending, plan, read_sound_record
+from ..cluster.manifest import ManifestRow, ShardPlan, pending, plan, read_sound_record, table_of
 from ..cluster.storage import Storage
 from .captions import CaptionProblem, Reading, read_beside, read_captions
 from .making import check_same
@@ -258,7 +258,7 @@ def known_sources(order: Order, material: Material) -> pyarrow.Table | None:
     """The survey of exactly these videos by these settings, if it is there."""
     if not order.out.exists(SOURCES):
         return None
-    table = pyarrow.parquet.read_table(pyarrow.BufferReader(order.out.read(SOURCES)))
+    table = table_of(order.out.read(SOURCES))
     identity = (table.schema.metadata or {}).get(b"survey", b"").decode()
     return table if identity == _survey_identity(chunks(order, material)) else None
 

@@ -13,7 +13,16 @@ from ..actors.learning.batch import PromptContexts
 from ..actors.learning.regression import CausalTeacherLearner, LearnerSettings, OdeLearner
 from ..actors.model_files import check_model, transformer_config, velocity_digest
 from ..kernels.causal.student import StudentSettings
-from .commands import EngineKind, check_device, finish_command, plain_engines
+from .commands import (
+    AddressOption,
+    CpusOption,
+    EngineKind,
+    EngineOption,
+    WorkersOption,
+    check_device,
+    finish_command,
+    plain_engines,
+)
 from .memory import TrainedClips, TrainedNetwork, memory_lines
 from .recipe import TINY, CausalTeacherRecipe, InitializeRecipe, Recipe, load_recipe
 from .samples import Batches, Deal, ShardBatches, TrainingData
@@ -57,6 +66,7 @@ class InitializeJob:
     start: str
     data: str
     run: str
+    engine: str = "plain"
 
     def settings(self) -> tuple[Recipe, InitializeRecipe | CausalTeacherRecipe, StudentSettings]:
         """The recipe, the section of the method, and the student."""
@@ -75,18 +85,29 @@ def initialize_command(
     recipe: Annotated[Path, typer.Option(help="Recipe file; the tiny one ships with the package.")] = TINY,
     override: Annotated[list[str] | None, typer.Option("--set", help="a.b=value: change the recipe.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    engine: Annotated[EngineKind, typer.Option(help="plain: one process.")] = EngineKind.plain,
+    engine: EngineOption = EngineKind.plain,
+    workers: WorkersOption = 1,
+    cpus_per_worker: CpusOption = 1.0,
+    address: AddressOption = None,
     dry: Annotated[bool, typer.Option("--dry-run", help="Say what memory the training takes.")] = False,
 ) -> None:
     """Train in RUN; the finished model is RUN/model, in the diffusers layout, with student.json."""
     check_device(device)
     resolved = load_recipe(recipe, override).model_dump(mode="json")
-    job = InitializeJob(resolved, method.value, str(teacher), str(start or teacher), data, str(run))
+    job = InitializeJob(resolved, method.value, str(teacher), str(start or teacher), data, str(run), engine.value)
     if dry:
         for line in memory(job):
             typer.echo(line)
         return
-    finish_command(run, lambda: train(job, plain_engines(device), OneRank()))
+    if engine == EngineKind.plain:
+        finish_command(run, lambda: train(job, plain_engines(device), OneRank()))
+        return
+    from .hosting import Hosting, train_on_ray  # Ray and DeepSpeed take seconds to import
+
+    hosting = Hosting(workers, device, cpus_per_worker, 1.0 if device == "cuda" else 0.0, address)
+    recipe_used, section, *_ = job.settings()
+    console = Console(stderr=True, highlight=False)
+    finish_command(run, lambda: train_on_ray("initialize", job, recipe_used.zero, section.steps, hosting, console))
 
 
 def train(
@@ -171,6 +192,7 @@ def _learner(
 
 def _identity(job: InitializeJob, recipe: Recipe, data: TrainingData) -> dict[str, Any]:
     return {
+        "engine": job.engine,
         "student": recipe.student.model_dump(mode="json"),
         "teacher": velocity_digest(Path(job.teacher)),
         "start": velocity_digest(Path(job.start)),

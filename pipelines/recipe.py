@@ -250,6 +250,20 @@ class DistillRecipe(TrainingRecipe):
     switch: bool = True
 
 
+class ZeroRecipe(Strict):
+    """How `--engine zero` holds what is trained (ZeRO, arXiv 1910.02054).
+
+    stage: 0 replicates all, 1 shards the optimiser's state, 2 the gradients too, 3 the parameters too, and then the
+    teacher's as well. precision: fp32; autocast, fp32 weights computed with in bfloat16; bf16, bfloat16 weights
+    beside sharded fp32 masters (stages 2 and 3).
+    """
+
+    stage: Literal[0, 1, 2, 3] = 2
+    precision: Literal["fp32", "autocast", "bf16"] = "autocast"
+    offload_optimizer: bool = False
+    offload_parameters: bool = False
+
+
 class DistillMethods(Strict):
     """A section per method of `reelway distill`."""
 
@@ -270,6 +284,7 @@ class Recipe(Strict):
     causal_teacher: CausalTeacherRecipe = CausalTeacherRecipe()
     initialize: InitializeRecipe = InitializeRecipe()
     distill: DistillMethods = DistillMethods()
+    zero: ZeroRecipe = ZeroRecipe()
 
 
 Section = TypeVar("Section", bound=Strict)

@@ -142,7 +142,7 @@ class _Loop:
             saves = stops or done == steps or done % self.stage.recipe.checkpoint_every == 0
             saved = self.checkpoints.save(done, self.learner, self.batches) if saves else None
             if self.report:
-                self.report(metrics, saved)
+                self.report({"step": float(done), **metrics}, saved)
             if stops:
                 raise KeyboardInterrupt
             if done == steps or done % self.stage.recipe.sheet_every == 0:

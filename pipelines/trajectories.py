@@ -149,12 +149,18 @@ def _make(job: Job, need: Requirements) -> _Made:
 
         left = job.pending()
         create_dataset(out, job.info)
-        out.remove_stale()
+        out.remove_stale(older_than=0.0)
         pool = PoolSettings(need, KIND, retry_on=(StorageError, ConnectionError))
         made.report = run_pool(job.worker(), left, pool, keep, on_quarantine=note)
         if not made.failed and not made.report.interrupted:
-            merge_manifest(out)
+            _seal(out)
     return made
+
+
+def _seal(out: Storage) -> list[ManifestRow]:
+    """Of all shards, under the claim: away with what killed workers left half written, then the manifest."""
+    out.remove_stale(older_than=0.0)
+    return merge_manifest(out)
 
 
 def _finish(job: Job, made: _Made, console: Console, check: bool) -> int:
@@ -187,7 +193,7 @@ def _manifest(job: Job) -> list[ManifestRow]:
     if len(rows) == len(job.shards):
         return rows
     with claim(out, OWNER):
-        return merge_manifest(out)
+        return _seal(out)
 
 
 def _validate(job: Job) -> int:

@@ -1,6 +1,8 @@
 """The planner, what is still to be made, and the manifest."""
 
 import pickle
+import subprocess
+import sys
 import tempfile
 import time
 import tracemalloc
@@ -219,6 +221,24 @@ def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:
     write_manifest(storage, [row.model_copy(update={"samples": -1})])
     with pytest.raises(ValueError, match=r"manifest\.parquet: samples: .*greater than or equal to 0"):
         read_manifest(storage)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_manifest_is_read_in_one_thread(tmp_path: Path) -> None:
+    """A thread of Arrow's that lets go of Python's bytes while the interpreter ends would abort the process."""
+    row = ManifestRow(name="shard-000000.tar", samples=1, bytes=1, sha256="0" * 64, first_key="", last_key="")
+    write_manifest(Storage.open(tmp_path), [row])
+    code = """if True:
+        import os, sys
+        from reelway.cluster.manifest import read_manifest
+        from reelway.cluster.storage import Storage
+        storage = Storage.open(sys.argv[1])
+        storage.read("manifest.parquet")
+        before = len(os.listdir("/proc/self/task"))
+        print(len(read_manifest(storage)), len(os.listdir("/proc/self/task")) - before)
+    """
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.split()) == (0, ["1", "0"]), done.stderr
 
 
 def test_a_folder_holds_one_data_set(tmp_path: Path) -> None:

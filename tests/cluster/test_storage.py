@@ -6,6 +6,7 @@ import json
 import multiprocessing
 import os
 import pickle
+import tempfile
 import time
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
@@ -16,7 +17,14 @@ import torch
 from reelway.cluster.dataset import ClaimHeld, DatasetInfo, TensorSpec, claim, create_dataset
 from reelway.cluster.manifest import MANIFEST, merge_manifest, pending, plan
 from reelway.cluster.shards import Reading, ShardReader, verify, write_shard
-from reelway.cluster.storage import DifferentContent, LocalStorage, Storage, StorageError, clear_errors
+from reelway.cluster.storage import (
+    DifferentContent,
+    LocalStorage,
+    Storage,
+    StorageError,
+    _swept_temporary_folder,
+    clear_errors,
+)
 
 forking = multiprocessing.get_context("fork")
 
@@ -189,6 +197,31 @@ def test_stale_temporaries_are_removed(tmp_path: Path) -> None:
         assert storage.entries() == []
         assert storage.remove_stale() == [old.path.name]
         assert new.path.exists()
+
+
+def test_the_only_writer_removes_what_is_new_too(tmp_path: Path) -> None:
+    storage = Storage.open(tmp_path)
+    with storage.stage("new") as root, storage.stage("claims/new") as below:
+        assert storage.remove_stale(older_than=-1.0) == [root.path.name]
+        assert below.path.exists()
+        assert storage.remove_stale(older_than=-1.0, folder="claims") == [below.path.name]
+        assert not below.path.exists()
+
+
+def test_what_killed_uploads_left_on_this_machine_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Temporaries for an object store lie where no listing of the store shows them."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    names = [f".partial-7-{'a' * 12}-shard-000000.tar", f".partial-7-{'b' * 12}-shard-000001.tar", ".partial-theirs"]
+    for name in names:
+        (tmp_path / name).touch()
+    for name in (names[0], names[2]):
+        os.utime(tmp_path / name, (time.time() - 90_000,) * 2)
+    _swept_temporary_folder.cache_clear()
+    try:
+        assert _swept_temporary_folder() == tmp_path
+    finally:
+        _swept_temporary_folder.cache_clear()
+    assert sorted(path.name for path in tmp_path.iterdir()) == names[1:]
 
 
 class FullDisk(LocalStorage):

@@ -81,8 +81,8 @@ def steps(order: Order, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def crashes() -> Iterator[Crashes]:
-    with serve() as server:
+def crashes(order: Order, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crashes]:
+    with serve(order.command(tmp_path_factory.mktemp("first"))) as server:
         yield server
 
 
@@ -99,7 +99,7 @@ def complete_here(order: Order, out: object) -> None:
 # --- Death at a step ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [*range(6), *slow(range(6, 60))])
+@pytest.mark.parametrize("seed", [*range(3), *slow(range(3, 50))])
 def test_a_job_that_dies_at_any_step_goes_on(
     seed: int, order: Order, expected: Files, steps: list[str], crashes: Crashes, tmp_path: Path
 ) -> None:
@@ -142,7 +142,7 @@ def check_pair(codes: list[int], said: list[str]) -> None:
 
 
 @pytest.mark.parametrize("store", ["local", "s3"])
-@pytest.mark.parametrize("seed", [*range(2), *slow(range(2, 10))])
+@pytest.mark.parametrize("seed", [0, *slow(range(1, 10))])
 def test_two_jobs_at_once_never_mix(
     seed: int,
     store: str,
@@ -200,7 +200,7 @@ def run_with(fault: Fault, order: Order, out: str, steps: list[str], rng: random
 
 
 @pytest.mark.parametrize("name", FAULTS)
-@pytest.mark.parametrize("seed", [*range(4), *slow(range(4, 20))])
+@pytest.mark.parametrize("seed", [*range(2), *slow(range(2, 16))])
 def test_a_fault_at_any_step_is_one_line_and_a_re_run_completes(
     seed: int, name: str, order: Order, expected: Files, steps: list[str], tmp_path: Path
 ) -> None:
@@ -245,7 +245,7 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", "--lazy", folder], check=True)
 
 
-@pytest.mark.parametrize("size", ["8k", "24k", "60k", "88k", "108k"])
+@pytest.mark.parametrize("size", ["8k", "60k", "100k"])
 def test_a_disk_that_is_really_full(
     size: str, order: Order, expected: Files, small_disk: Callable[[str], Path]
 ) -> None:
@@ -375,7 +375,7 @@ def test_a_ray_of_its_own_dies_with_the_driver(
     seed: int, long_order: Order, long_expected: Files, tmp_path: Path
 ) -> None:
     out, log, rng, mark = tmp_path / "set", tmp_path / "log", random.Random(seed), uuid.uuid4().hex
-    strike = Strike(standing=rng.randrange(long_order.shards), busy=1, pause=rng.uniform(0, 0.5))
+    strike = Strike(standing=rng.randrange(long_order.shards - 1), busy=1, pause=rng.uniform(0, 0.2))
     with watched(Storage.open(out), long_expected):
         with driver(long_order.command(out, "--workers", 2), log, REELWAY_MARK=mark) as process:
             with when(strike, Storage.open(out), out, lambda _: process.kill()) as struck:
@@ -429,7 +429,7 @@ def test_a_driver_that_is_killed_and_its_re_run(
 ) -> None:
     """On a Ray that stays. Its workers end with it, and the same command goes on at once."""
     out, log, rng = tmp_path / "set", tmp_path / "log", random.Random(seed)
-    strike = Strike(standing=rng.randrange(long_order.shards), busy=rng.choice([1, 2]), pause=rng.uniform(0, 0.3))
+    strike = Strike(standing=rng.randrange(long_order.shards - 1), busy=1, pause=rng.uniform(0, 0.2))
     command = long_order.command(out, "--workers", 2, "--address", ray_session.address)
     with watched(Storage.open(out), long_expected):
         with (

@@ -7,11 +7,13 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 from typer.testing import CliRunner
 
@@ -32,8 +34,9 @@ from reelway.kernels.wan.transformer import VideoTransformer
 from reelway.kernels.wan.weights import read_transformer
 from reelway.pipelines import distill, initialize, students, telemetry
 from reelway.pipelines.commands import plain_engines
+from reelway.pipelines.hosting import Hosting, train_on_ray
 from reelway.pipelines.memory import TrainedClips
-from reelway.pipelines.recipe import InitializeRecipe, load_recipe
+from reelway.pipelines.recipe import InitializeRecipe, ZeroRecipe, load_recipe
 from reelway.pipelines.samples import Deal, PromptBatches, ShardBatches, TrainingData, training_prompts
 from reelway.pipelines.telemetry import read_curve
 from reelway.pipelines.training import RUN, Stage, run_stage
@@ -671,3 +674,41 @@ def test_ranks_write_one_checkpoint_and_stop_together(tmp_path: Path) -> None:
     assert endings[0] + endings[1] == sum(len(text) for step in range(6) for text in whole.take(step).prompts)
     files = sorted(path.name for path in (tmp_path / "checkpoints/step-000006").iterdir())
     assert files == ["complete.json", "rank-0", "rank-1"]
+
+
+# --- On Ray Train with DeepSpeed ZeRO ---------------------------------------------------------------------------------
+
+
+def on_ray(job: Any, module: str, steps: int, zero: ZeroRecipe) -> bool:
+    return train_on_ray(module, job, zero, steps, Hosting(2, "cpu", 1.0, 0.0, None), Console(quiet=True))
+
+
+def test_two_zero_workers_train_what_one_plain_process_trains(
+    ray_session: Any, small_teacher: Path, trajectories: str, tmp_path: Path
+) -> None:
+    plain = initialize_job(small_teacher, trajectories, tmp_path / "plain")
+    exact = partial(TorchEngine, device="cpu", precision=torch.float32)
+    assert initialize.train(plain, lambda network, settings: exact(network, settings), OneRank())
+    hosted = replace(plain, run=str(tmp_path / "zero"), engine="zero")
+    assert on_ray(hosted, "initialize", 4, ZeroRecipe(stage=2, precision="fp32"))
+    losses = [[row["loss"] for row in read_curve(tmp_path / run / "curve.jsonl")] for run in ("plain", "zero")]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+    assert len(losses[1]) == 4
+    states = [read_transformer(tmp_path / run / "model")[1] for run in ("plain", "zero")]
+    for name, value in states[0].items():
+        torch.testing.assert_close(states[1][name], value, rtol=2e-2, atol=1e-3)  # stored in bfloat16
+    with pytest.raises(ValueError, match="engine is zero there and plain now"):
+        carry_out(replace(hosted, engine="plain", recipe=resolved([*INITIALIZE, "initialize.steps=5"])))
+
+
+def test_distillation_runs_with_everything_sharded(
+    ray_session: Any, small_teacher: Path, initialized: Path, trajectories: str, tmp_path: Path
+) -> None:
+    recipe = resolved(small("distill.causvid", "distill.causvid.critic_updates=1"))
+    student, run = initialized / "model", tmp_path / "run"
+    job = distill.DistillJob(recipe, "causvid", str(student), str(small_teacher), trajectories, None, str(run), "zero")
+    assert on_ray(job, "distill", 4, ZeroRecipe(stage=3, precision="autocast"))
+    rows = read_curve(run / "curve.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2, 3]
+    assert all("dmd_gradient" in row for row in rows[1:])
+    assert StudentSettings.read(run / "model").origin["method"] == "distill-causvid"

@@ -1,7 +1,7 @@
 """Commands in processes of their own that are killed, or kill themselves, at a step on the storage.
 
-As a script: reads lines of jobs, runs each job of a line in a forked process, all at once, and answers with a line
-of exit codes. So the libraries are imported once for any number of processes.
+As a script: runs the command that it is given, then reads lines of jobs, runs each job of a line in a forked process,
+all at once, and answers with a line of exit codes. So the libraries are imported once for any number of processes.
 """
 
 import json
@@ -46,9 +46,9 @@ class Crashes:
 
 
 @contextmanager
-def serve() -> Iterator[Crashes]:
-    """The script in a process of its own."""
-    command, environment = [sys.executable, __file__], os.environ | {"OMP_NUM_THREADS": "1"}
+def serve(first: Sequence[str]) -> Iterator[Crashes]:
+    """The script in a process of its own. first: a command on local files that it runs to have everything imported."""
+    command, environment = [sys.executable, __file__, *first], os.environ | {"OMP_NUM_THREADS": "1"}
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
         try:
@@ -90,7 +90,9 @@ def _answer(line: str) -> str:
 
 if __name__ == "__main__":
     sys.path[0] = str(HERE.parent)
-    import faults.steps  # noqa: F401 -- once, before any process is forked
+    from faults.steps import call, worker_here
 
+    with worker_here():
+        call(sys.argv[1:])
     for line in sys.stdin:
         print(_answer(line), flush=True)

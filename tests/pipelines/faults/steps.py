@@ -16,7 +16,7 @@ import pytest
 from reelway.cluster.pool import PoolReport, Quarantined
 from reelway.cluster.pool_host import Failure, Host
 from reelway.cluster.session import Session
-from reelway.cluster.storage import LocalStorage, ObjectStorage, Staged, Storage
+from reelway.cluster.storage import LocalStorage, ObjectStorage, Storage
 from reelway.pipelines import trajectories
 from reelway.pipelines.cli import main
 
@@ -116,36 +116,50 @@ def shuffled(items: Any, order: random.Random | None) -> list[Any]:
 
 # --- Steps -------------------------------------------------------------------------------------------------------
 
-STEPS = (
-    (Staged, "write"),
-    (Staged, "close"),
-    (LocalStorage, "_put"),
-    (ObjectStorage, "_put"),
-    (Storage, "delete"),
-)
+SEEN = ((LocalStorage, "_put"), (ObjectStorage, "_put"), (Storage, "delete"))  # by others, when they are done
 Act = Callable[[int, str], None]
+
+
+class _Watched(io.BufferedWriter):
+    """A temporary that calls `before` with the name of what will be done to it."""
+
+    def __init__(self, path: Path, before: Callable[[str], None]) -> None:
+        super().__init__(io.FileIO(path, "x"))
+        self._before = before
+
+    def write(self, data: Any) -> int:
+        self._before("before write")
+        return super().write(data)
+
+    def flush(self) -> None:
+        if not self.closed:
+            self._before("before flush")
+        super().flush()
 
 
 @contextmanager
 def at_every_step(act: Act) -> Iterator[None]:
     """Call `act(number, name)` before every step on a storage, and after those that others can see.
 
-    The steps: a write to a temporary, its sync, its appearance under its name (a rename or a PUT), a removal.
+    The steps: a write to a temporary, its flush, its appearance under its name (a rename or a PUT), a removal.
     """
     numbers = itertools.count()
 
+    def tell(name: str) -> None:
+        act(next(numbers), name)
+
     def watched(step: Callable[..., Any], name: str) -> Callable[..., Any]:
         def run(*arguments: Any) -> Any:
-            act(next(numbers), f"before {name}")
+            tell(f"before {name}")
             result = step(*arguments)
-            if name in ("_put", "delete"):
-                act(next(numbers), f"after {name}")
+            tell(f"after {name}")
             return result
 
         return run
 
     with pytest.MonkeyPatch.context() as patch:
-        for owner, name in STEPS:
+        patch.setattr(Storage, "_create", lambda _, path: _Watched(path, tell))
+        for owner, name in SEEN:
             patch.setattr(owner, name, watched(getattr(owner, name), name))
         yield
 
@@ -175,7 +189,7 @@ class Fault:
         return fail
 
 
-_BEFORE = ("before write", "before close", "before _put")
+_BEFORE = ("before write", "before flush", "before _put")
 _UNREACHABLE = "AWS Error NETWORK_CONNECTION during PutObject operation: curlCode: 28, Timeout was reached"
 FULL, NO_ANSWER = OSError(errno.ENOSPC, "No space left on device"), OSError(_UNREACHABLE)
 FAULTS = {
