@@ -28,6 +28,24 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=shared.__getitem__)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _threads() -> int:
+    """torch's threads at the start."""
+    import torch
+
+    return torch.get_num_threads()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _same_threads_for_every_module(_threads: int) -> Iterator[None]:
+    """Workers that are built in this process set torch's threads, which decide the last bits of later tests."""
+    import torch
+
+    torch.set_num_threads(_threads)
+    yield
+    torch.set_num_threads(_threads)
+
+
 @pytest.fixture(scope="session")
 def ray_session() -> "Iterator[Session]":
     """A local Ray with 4 CPUs by its own count, no GPU, and the dashboard, which Ray Train needs."""
