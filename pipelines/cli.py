@@ -1,6 +1,7 @@
 """The `reelway` command. A sub-command's module is imported only when that sub-command runs."""
 
 import importlib
+import logging
 import sys
 from collections.abc import Callable
 from typing import Annotated, NoReturn
@@ -69,6 +70,8 @@ for _name, _help in COMMANDS.items():
 
 def main() -> None:
     """Run the command line; a user's mistake is one line on stderr and exit code 2."""
+    # Whatever imports DeepSpeed on a machine without a GPU would say so on stderr, in every command.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     try:
         status = app(prog_name="reelway", standalone_mode=False)
     except TyperException as error:

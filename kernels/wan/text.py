@@ -4,7 +4,8 @@ import html
 import logging
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import ftfy
@@ -19,6 +20,7 @@ from transformers import (
     UMT5Config,
     UMT5EncoderModel,
 )
+from transformers.utils import logging as transformers_logging
 
 from .config import TEXT_LENGTH
 from .context import TextContext
@@ -33,6 +35,18 @@ def clean_prompt(prompt: str) -> str:
     single spaces."""
     mended = html.unescape(html.unescape(ftfy.fix_text(prompt)))
     return " ".join(mended.split())
+
+
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    """transformers draws progress bars on stderr, even for a model of a megabyte."""
+    showed = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        if showed:
+            transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
 class TextEncoder(nn.Module):
@@ -68,9 +82,10 @@ class TextEncoder(nn.Module):
                 raise FileNotFoundError(f"{needed}: no such file; a model needs text_encoder/ and tokenizer/")
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-            model = UMT5EncoderModel.from_pretrained(
-                folder / "text_encoder", local_files_only=True, use_safetensors=True, dtype=dtype or "auto"
-            )
+            with _no_bars():
+                model = UMT5EncoderModel.from_pretrained(
+                    folder / "text_encoder", local_files_only=True, use_safetensors=True, dtype=dtype or "auto"
+                )
         except (OSError, RuntimeError, SafetensorError) as error:
             raise ValueError(f"{folder}: text_encoder/ or tokenizer/ cannot be read ({error})") from error
         return cls(model, tokenizer)
@@ -78,7 +93,8 @@ class TextEncoder(nn.Module):
     def save_pretrained(self, model_folder: str | os.PathLike[str]) -> None:
         """Write `text_encoder/` and `tokenizer/` of a model folder in diffusers' layout."""
         folder = Path(model_folder) / "text_encoder"
-        self.model.save_pretrained(folder)
+        with _no_bars():
+            self.model.save_pretrained(folder)
         for file in folder.glob("*.safetensors"):  # safetensors writes files that only their owner reads
             shutil.copymode(folder / "config.json", file)
         self.tokenizer.save_pretrained(Path(model_folder) / "tokenizer")

@@ -30,7 +30,7 @@ from reelway.pipelines import trajectories
 
 sys.path.insert(0, str(Path(__file__).parent))
 from faults.crashes import Crash, Crashes, serve
-from faults.kills import Strike, in_mid_shard, is_worker_of_ours, kill_workers, marked, wait_until, when
+from faults.kills import Strike, in_mid_shard, is_agent, is_worker_of_ours, kill_workers, marked, wait_until, when
 from faults.steps import FAULTS, Fault, Order, Outcome, at_every_step, call, shuffled, steps_of, worker_here
 from faults.watch import Files, check_whole, files_of, watched
 
@@ -82,7 +82,7 @@ def steps(order: Order, tmp_path_factory: pytest.TempPathFactory) -> list[str]:
 
 @pytest.fixture(scope="module")
 def crashes(order: Order, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Crashes]:
-    with serve(order.command(tmp_path_factory.mktemp("first"))) as server:
+    with serve(order.command(tmp_path_factory.mktemp("first")), tmp_path_factory.mktemp("temporary")) as server:
         yield server
 
 
@@ -188,7 +188,7 @@ def check_failure(outcome: Outcome, words: str) -> None:
         assert told[0].startswith("reelway: ")
     else:
         assert outcome.code == 1
-        assert all(line.startswith("shard-") for line in told)
+        assert all(line.startswith(("shard-", "trajectories: item ")) for line in told)
         assert "no manifest is written; the same command tries again" in outcome.out
 
 
@@ -313,20 +313,25 @@ def test_any_number_of_workers_in_any_order_gives_the_same_bytes(
 # These start a Ray of their own, before the shared one.
 CONTROL = {"health_check_initial_delay_ms": 1000, "health_check_period_ms": 500, "health_check_failure_threshold": 4}
 
+SMALL_NODE = {"num_cpus": 1, "num_gpus": 0, "object_store_memory": 80 << 20}
+
 
 @contextmanager
 def two_nodes() -> Iterator[Cluster]:
     """A head without CPUs for the driver, and two nodes with one CPU each, all on this machine."""
     folder = tempfile.mkdtemp(prefix="rw-", dir="/tmp")
     head = {"num_cpus": 0, "num_gpus": 0, "include_dashboard": False, "temp_dir": folder, "_system_config": CONTROL}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
-    try:
-        for _ in range(2):
-            cluster.add_node(num_cpus=1, num_gpus=0, object_store_memory=80 << 20)
-        yield cluster
-    finally:
-        cluster.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+    cluster = Cluster()
+    with pytest.MonkeyPatch.context() as patch:
+        # Nobody else shall find this cluster.
+        patch.setattr("ray._private.utils.write_ray_address", lambda address: None)
+        try:
+            for node in (head, SMALL_NODE, SMALL_NODE):
+                cluster.add_node(**node)
+            yield cluster
+        finally:
+            cluster.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -346,20 +351,22 @@ def driver(command: list[str], log: Path, **environment: str) -> "Iterator[subpr
 @pytest.mark.slow
 @pytest.mark.ray
 @pytest.mark.parametrize("seed", range(3))
-def test_a_node_that_is_removed(seed: int, long_order: Order, long_expected: Files, tmp_path: Path) -> None:
-    """Killed with everything on it; the other node makes the rest, in the same run."""
+def test_a_node_that_is_removed(seed: int, long_order: Order, tmp_path: Path) -> None:
+    """Killed with everything on it while both nodes work; the other one makes the rest, in the same run."""
+    many = replace(long_order, per_shard=3)
+    expected = undisturbed(many, tmp_path / "undisturbed")
     out, log, rng = tmp_path / "set", tmp_path / "log", random.Random(seed)
     assert not ray.is_initialized()
     strike = Strike(standing=rng.randrange(2), busy=2, pause=rng.uniform(0, 0.3))
     with two_nodes() as cluster:
         victim = rng.choice(sorted(cluster.worker_nodes, key=lambda node: node.unique_id))
-        command = long_order.command(out, "--workers", "1:2", "--address", cluster.address)
+        command = many.command(out, "--workers", 2, "--address", cluster.address)
 
         def remove(_: list[int]) -> None:
             cluster.remove_node(victim, allow_graceful=False)
 
         with (
-            watched(Storage.open(out), long_expected),
+            watched(Storage.open(out), expected),
             driver(command, log) as process,
             when(strike, Storage.open(out), out, remove) as struck,
         ):
@@ -382,10 +389,12 @@ def test_a_ray_of_its_own_dies_with_the_driver(
                 assert process.wait(300) == KILLED, log.read_text()
             assert struck
             leftovers = session_folders(mark)
-        assert wait_until(lambda: not marked(mark), 60), marked(mark)
+        complete_here(long_order, out)
+        assert wait_until(lambda: all(map(is_agent, marked(mark))), 60), marked(mark)
+        for pid in marked(mark):
+            os.kill(pid, signal.SIGKILL)
         for folder in leftovers:
             shutil.rmtree(folder, ignore_errors=True)
-        complete_here(long_order, out)
     assert temporaries(out) == []
 
 
@@ -476,6 +485,8 @@ def test_s3_with_killed_workers_and_drivers(
         assert struck
         outcome = call(long_order.command(bucket, "--workers", 2))
         assert outcome.code == 0, outcome.text
+    for path in (path for pid in struck for path in staging.glob(f".partial-{pid}-*")):
+        path.unlink()
 
 
 @pytest.mark.slow

@@ -46,9 +46,14 @@ class Crashes:
 
 
 @contextmanager
-def serve(first: Sequence[str]) -> Iterator[Crashes]:
-    """The script in a process of its own. first: a command on local files that it runs to have everything imported."""
-    command, environment = [sys.executable, __file__, *first], os.environ | {"OMP_NUM_THREADS": "1"}
+def serve(first: Sequence[str], temporary: Path) -> Iterator[Crashes]:
+    """The script in a process of its own.
+
+    first: a command on local files that it runs to have everything imported. temporary: takes what its processes
+    leave of the files that they send to an object store.
+    """
+    command = [sys.executable, __file__, *first]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
     pipe = subprocess.PIPE
     with subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True) as process:
         try:

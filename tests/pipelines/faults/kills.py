@@ -50,6 +50,13 @@ def marked(mark: str) -> set[int]:
     return found
 
 
+def is_agent(pid: int) -> bool:
+    """Whether it is one of Ray's two agents on a node: they miss their raylet only after a minute or so."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().startswith((b"ray::DashboardAgent", b"ray::RuntimeEnvAgent"))
+    return False
+
+
 @dataclass(frozen=True)
 class Strike:
     """When to do it: `pause` seconds after `standing` shards are there and `busy` workers are in mid-shard."""
