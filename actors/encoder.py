@@ -11,7 +11,8 @@ from torch import Tensor
 from ..kernels.clips import Pixels
 from ..kernels.wan.text import TextEncoder
 from ..kernels.wan.vae import StreamingVAE, VAEState
-from .model_files import digest, read_json
+from ..kernels.wan.weights import read_json
+from .model_files import digest
 from .pretraining import to_pixels
 
 STORED: Final = torch.float16  # of latents: normalised, they lie within a few units, where it is finer than bfloat16

@@ -8,11 +8,12 @@ import tempfile
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from safetensors import SafetensorError, safe_open
 
 from ..kernels.wan.config import TransformerConfig
+from ..kernels.wan.weights import read_json
 
 NEEDED: Final = (
     "transformer/config.json",
@@ -83,17 +84,6 @@ def digest(folder: Path, files: Iterable[Path]) -> str:
     """
     content = [[file.relative_to(folder).as_posix(), _sha256(file)] for file in sorted(files)]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; ValueError in one line."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise ValueError(f"{path}: must hold a JSON object, found {type(content).__name__}")
-    return content
 
 
 def _parameters(folder: Path) -> int:

@@ -161,7 +161,7 @@ def _make(job: Job, pool: PoolOptions, held: Claim) -> _Made:
     """Run the encoding pool over what is missing."""
     order = job.order
     create_dataset(order.out, job.info)
-    order.out.remove_stale()
+    order.out.remove_stale(older_than=0.0)
     left = job.pending()
     check_output(order.out.uri, sum(shard.items.num_rows for shard in left) * _sample_bytes(job))
     return _pool(job.worker(), left, pool.requirements(worker_bytes(order), len(left)), KIND, held) if left else _Made()

@@ -20,6 +20,7 @@ from .pretraining.latents import make_latents
 from .pretraining.teacher import train_teacher
 from .pretraining.vae import train_vae
 from .recipe import TINY, FineTuneRecipe, PretrainRecipe, fingerprint, load_recipe
+from .training import differences
 
 RUN, TUNED = Path("runs/tiny"), Path("runs/tuned")
 
@@ -126,16 +127,5 @@ def _claim(run: Path, section: str, content: dict[str, Any]) -> None:
         if section not in before:
             raise ValueError(f"{run}: holds the results of {', '.join(before.keys() - {'fingerprint'})}, not {section}")
         if before[section] != content:
-            raise ValueError(f"{run}: made with another recipe; {_differences(before[section], content)}")
+            raise ValueError(f"{run}: made with another recipe; {differences(before[section], content)}")
     path.write_text(json.dumps({"fingerprint": fingerprint(content), section: content}, indent=2) + "\n")
-
-
-def _differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -> str:
-    parts = []
-    for key in sorted({*before, *now}):
-        old, new = before.get(key), now.get(key)
-        if isinstance(old, dict) and isinstance(new, dict):
-            parts.append(_differences(old, new, f"{prefix}{key}."))
-        elif old != new:
-            parts.append(f"{prefix}{key} is {old} there and {new} now")
-    return "; ".join(part for part in parts if part)

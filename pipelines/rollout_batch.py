@@ -254,7 +254,7 @@ def _make(job: _Job, left: list[ShardPlan], address: str | None, console: Consol
             console.print(line)
         with claim(job.out, OWNER) as held:
             create_dataset(job.out, job.info)
-            job.out.remove_stale()
+            job.out.remove_stale(older_than=0.0)
             pool = PoolSettings(need, KIND, retry_on=(StorageError, ConnectionError))
             return run_pool(partial(RolloutWorker, job.out, job.order), left, pool, lambda *_: held.check())
 

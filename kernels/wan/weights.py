@@ -191,7 +191,7 @@ def read_transformer(folder: str | os.PathLike[str]) -> tuple[TransformerConfig,
 
 
 def _read_config(path: Path) -> TransformerConfig:
-    content = _read_json(path)
+    content = read_json(path)
     with _about(path):
         kind = content.get("_class_name", "WanTransformer3DModel")
         if kind != "WanTransformer3DModel":
@@ -204,7 +204,8 @@ def _read_config(path: Path) -> TransformerConfig:
         return TransformerConfig.from_diffusers(content)
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file of a model folder; ValueError in one line."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
@@ -217,7 +218,7 @@ def _read_json(path: Path) -> dict[str, Any]:
 def _weight_files(folder: Path) -> list[Path]:
     names = {WEIGHTS_FILE}
     if (folder / INDEX_FILE).is_file():
-        weight_map = _read_json(folder / INDEX_FILE).get("weight_map")
+        weight_map = read_json(folder / INDEX_FILE).get("weight_map")
         if not isinstance(weight_map, dict) or any(Path(str(name)).name != name for name in weight_map.values()):
             raise ValueError(f"{folder / INDEX_FILE}: weight_map must give file names of the same folder")
         names = set(weight_map.values())
