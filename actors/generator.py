@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import torch
@@ -39,6 +39,7 @@ from .streams import (
 PROMPTS_KEPT: Final = 64  # text contexts; one of Wan's is at most 8 MB
 WAN_SIZE: Final = (480, 832)
 TINY_SIZE: Final = (64, 64)
+BESIDE: Final = ("origin", "height", "width", "sampling")  # settings that change nothing of a stream that runs
 WAN_TEXT_DIM: Final = 4096  # UMT5-XXL's; a tiny model has a tiny text encoder
 
 
@@ -112,6 +113,8 @@ class Student:
         device = torch.device(device)
         dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
         settings = settings or StudentSettings.read(folder)
+        if settings.sampling != "few-step":
+            raise ValueError(f"{folder}: a causal model of many steps, not a student; distil one from it")
         config, state = read_transformer(folder)
         with device:
             transformer = VideoTransformer(config)
@@ -122,7 +125,9 @@ class Student:
 
     @property
     def default_size(self) -> tuple[int, int]:
-        """Height and width in pixels that models of this family were trained on."""
+        """Height and width in pixels that the student was trained on; where that is not known, its family's."""
+        if self.settings.height and self.settings.width:
+            return self.settings.height, self.settings.width
         return WAN_SIZE if self.transformer.config.text_dim == WAN_TEXT_DIM else TINY_SIZE
 
     @property
@@ -132,8 +137,10 @@ class Student:
         The weights speak through the last layer, which every step of training changes.
         """
         last = self.transformer.proj_out.weight.float().cpu().numpy().tobytes()
-        settings = {name: value for name, value in asdict(self.settings).items() if name != "origin"}
-        content = [settings, asdict(self.transformer.config), self.vae.config, str(self.dtype)]
+        settings = {name: value for name, value in asdict(self.settings).items() if name not in BESIDE}
+        # What begins with an underscore is diffusers' own, the folder's path among it.
+        vae = {name: value for name, value in self.vae.config.items() if not name.startswith("_")}
+        content = [settings, asdict(self.transformer.config), vae, str(self.dtype)]
         text = json.dumps(content, sort_keys=True, default=str)
         return hashlib.sha256(text.encode() + last).hexdigest()[:16]
 
@@ -164,9 +171,8 @@ class Student:
         if sum(given is not None for given in (image, clip, redraw)) > 1:
             raise ValueError("image, clip, redraw: a stream begins with at most one of them")
         given = image if image is not None else clip
-        size = self._size(given, height, width)
-        plan = StreamPlan(prompt, seed, sample, *size, mode, segment, redraw)
-        stream = self._admit(plan)
+        options: dict[str, Any] = {"mode": mode, "segment": segment, "redraw": redraw}
+        stream = self._admit(self.plan(prompt, seed, sample, height=height, width=width, given=given, **options))
         try:
             if image is not None:
                 stream.give(self._encode_image(image, stream.next_size), shown=True)
@@ -176,6 +182,24 @@ class Student:
             stream.close()
             raise
         return stream
+
+    def plan(
+        self,
+        prompt: str,
+        seed: int = 0,
+        sample: int = 0,
+        *,
+        height: int | None = None,
+        width: int | None = None,
+        given: Pixels | None = None,
+        redraw: Redraw | None = None,
+        mode: Mode = "rolling",
+        segment: int = CLIP_LATENTS,
+    ) -> StreamPlan:
+        """What `open` would open; given: its image or clip. ValueError in one line where it could not. Thread-safe."""
+        plan = StreamPlan(prompt, seed, sample, *self._size(given, height, width), mode, segment, redraw)
+        self._check(plan)
+        return plan
 
     def restore(self, snapshot: Snapshot) -> Stream:
         """A stream that goes on where the snapshot was taken. ValueError where it is of another student."""

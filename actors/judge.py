@@ -11,13 +11,16 @@ from ..kernels.metrics.measures import CURVES, per_second, summary
 from ..kernels.metrics.series import measure
 from ..kernels.sprites import oracle
 from ..kernels.sprites.captions import MEANINGS, parse, tokens
-from ..kernels.sprites.fidelity import curve
+from ..kernels.sprites.fidelity import curve, features, found_paths
 from ..kernels.sprites.oracle import Grade, grade
-from ..kernels.sprites.scene import Scene
+from ..kernels.sprites.scene import FRAMES_PER_SECOND, Scene
 from ..kernels.sprites.scores import mean_scores, quality, semantic, total
 
 SPRITES, PIXELS = "sprites", "pixels"  # the judges' names
 VERSION = 1  # raised when a judge's figures change their meaning
+END_SECONDS = 5.0  # of a long video's two ends, which are held against each other
+LONG_SECONDS = 2 * END_SECONDS  # from here on a video has two ends; up to here it is a clip
+PLACES = 4  # decimals of what is kept of paths and features
 
 
 @dataclass(frozen=True)
@@ -54,11 +57,23 @@ class Examination:
 
     scores: {judge: {dimension: value}}. drift: {judge: {dimension: a value per second}}; None where a second has
     none. seen: what the oracle believes to be in the video, in words; empty where it was not asked.
+    traits: of a clip of the sprites world under one prompt, what figures of whole sets of clips are made from.
+    ends: of a long one the oracle's scores of its "first" and its "last" 5 seconds.
     """
 
     scores: dict[str, dict[str, float]]
     drift: dict[str, dict[str, list[float | None]]]
     seen: str = ""
+    traits: "Traits | None" = None
+    ends: dict[str, dict[str, float]] | None = None
+
+
+@dataclass(frozen=True)
+class Traits:
+    """Of one clip: its fixed features [24] (`fidelity.features`) and its sprites' paths [S, F, 2], as plain lists."""
+
+    features: list[float]
+    paths: list[list[list[float]]]
 
 
 @dataclass(frozen=True)
@@ -105,7 +120,31 @@ def examine(
         grades = [grade(part, scene, fps=fps, level=level, may_have_left=begun > 0) for part, scene, begun in stretches]
         scores[SPRITES] = with_totals(mean_scores(each.scores for each in grades))
         drift |= _sprites_drift(stretches, fps, level)
-    return Examination(scores, drift, " | ".join(map(str, grades)) if stretches else "")
+    seen = " | ".join(map(str, grades)) if stretches else ""
+    if len(shots) != 1 or not stretches:
+        return Examination(scores, drift, seen)
+    scene = stretches[0][1]
+    if len(video) < LONG_SECONDS * fps:
+        return Examination(scores, drift, seen, traits=_traits(video, scene, fps, level))
+    return Examination(scores, drift, seen, ends=_ends(video, scene, fps, level))
+
+
+def _traits(video: np.ndarray, scene: Scene, fps: float, level: int) -> Traits | None:
+    """None at another frame rate than the world's: the world's own clips are what they are held against."""
+    if fps != FRAMES_PER_SECOND:
+        return None
+    paths = found_paths(video, scene, level=level)
+    return Traits(features([video])[0].round(PLACES).tolist(), paths.round(PLACES).tolist())
+
+
+def _ends(video: np.ndarray, scene: Scene, fps: float, level: int) -> dict[str, dict[str, float]]:
+    """Scores of the two ends of a long video, both asked the same: a relation is about the start, so of neither."""
+    frames, asked = round(END_SECONDS * fps), replace(scene, relation=None)
+    ends = {"first": video[:frames], "last": video[-frames:]}
+    return {
+        name: grade(part, asked, fps=fps, level=level, may_have_left=name == "last").scores
+        for name, part in ends.items()
+    }
 
 
 def with_totals(means: dict[str, float]) -> dict[str, float]:

@@ -216,13 +216,18 @@ class Stream:
         self.generator.switch_prompt(self.student.context(text))
         self.prompts.append((self.latents_done, text))
 
-    @torch.no_grad()
     def redraw(self, frames: Pixels) -> Pixels:
         """The next chunk of a video, redrawn under the prompt. frames: uint8 [T, H, W, 3], T = `frames_due`.
 
         Each chunk is encoded by the streaming encoder, noised, and denoised on top of the cache (SDEdit, arXiv
         2108.01073, block by block: CausVid). ValueError where the frames are not the ones due.
         """
+        self.make_redrawn(frames)
+        return np.concatenate(list(self.shown()))
+
+    @torch.no_grad()
+    def make_redrawn(self, frames: Pixels) -> None:
+        """The part of `redraw` before decoding."""
         self._check_source(frames)
         pixels = to_pixels(torch.from_numpy(frames)[None].to(self.student.device))
         latents, self._encoder = self.student.vae.encode(pixels, self._encoder)
@@ -230,7 +235,6 @@ class Stream:
         levels = [top, *(level for level in self.student.settings.timesteps if level < top)]
         settle([self])
         self._take(self.generator.next_block(latents, levels, keep=False))
-        return np.concatenate(list(self.shown()))
 
     @torch.no_grad()
     def give(self, latents: Tensor, *, shown: bool) -> None:
@@ -277,7 +281,7 @@ class Stream:
             "version": SNAPSHOT_VERSION,
             "student": self.student.fingerprint,
             "plan": asdict(self.plan),
-            "prompts": self.prompts,
+            "prompts": list(self.prompts),
             "frames_out": self.frames_out,
             "noise": self._noise,
         }

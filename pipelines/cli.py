@@ -11,22 +11,27 @@ from typer.exceptions import TyperException
 
 from .. import __version__
 
-# Name of a sub-command and of its module here, and the line that --help shows. The module's `app` is a typer
-# app, and may import what it likes.
+# Name of a sub-command, and the line that --help shows. The `app` of its module, which has its name unless MODULES
+# says another, is a typer app, and may import what it likes.
 COMMANDS = {
+    "ablation": "Train and grade what the paper's table compares: each way to a student.",
     "bench": "Measure a streaming student and its teacher: speed, latency, memory, and their floor.",
+    "card": "Write a student's model card from its ablation: scores, curves, samples.",
     "checkpoint": "Inspect, import and export checkpoints of video transformers.",
-    "demo": "Stream a video and write it to demo/.",
+    "demo": "Run the whole line on this machine, small, and write a page that shows it.",
     "distill": "Distil an initialised student from its teacher: CausVid, Self-Forcing, long rollouts.",
     "evaluate": "Grade models over a sweep of prompts, seeds and settings; write a report.",
     "ingest": "Make latent shards from real videos and their captions.",
     "initialize": "Train a causal student on a teacher's trajectories (ODE initialisation).",
+    "load": "Play many viewers to a running server, and report what they saw.",
     "pretrain": "Train a tiny VAE, text encoder and teacher on the sprites world.",
     "rollout": "Stream videos from a student: from text, an image or a video, of any length.",
+    "serve": "Serve students as live streams, with a page to play with.",
     "shards": "Inspect, verify and repair data sets of shards.",
     "sprites": "Look at the embedded video world; grade models and videos in it.",
     "trajectories": "Make a teacher's ODE trajectories for a set of prompts.",
 }
+MODULES = {"load": "serve.load", "serve": "serve.commands"}
 USER_ERRORS = (ValueError, OSError)
 
 app = typer.Typer(name="reelway", no_args_is_help=True, add_completion=False)
@@ -49,7 +54,7 @@ def reelway(
 
 def _forwarding_to(name: str) -> Callable[[typer.Context], object]:
     def run(context: typer.Context) -> object:
-        module = importlib.import_module(f".{name}", __package__)
+        module = importlib.import_module(f".{MODULES.get(name, name)}", __package__)
         return module.app(args=context.args, prog_name=f"reelway {name}", standalone_mode=False)
 
     return run

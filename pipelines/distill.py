@@ -4,6 +4,7 @@ import enum
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -16,8 +17,10 @@ from ..actors.engine import Engine, OneRank, Ranks
 from ..actors.learning.batch import Draws, PromptContexts
 from ..actors.learning.distillation import DmdLearner, DmdSettings
 from ..actors.learning.long_rollouts import LongRollouts
+from ..actors.learning.regression import student_mask
 from ..actors.learning.sources import ClipSource, NoisedClips, Rollouts, RolloutShape, StudentRollout
 from ..actors.model_files import check_model, latents_shape, transformer_config, velocity_digest
+from ..kernels.causal.masks import FrameMask
 from ..kernels.causal.student import StudentSettings
 from .commands import (
     AddressOption,
@@ -65,7 +68,8 @@ class Method(enum.StrEnum):
 class DistillJob:
     """All that one process needs to do its part; plain and picklable.
 
-    recipe: the resolved recipe. data: the data set of `causvid`. prompts: of the methods without data.
+    recipe: the resolved recipe. student: the model to begin with; the teacher's own folder begins without any
+    initialisation. data: the data set of `causvid`. prompts: of the methods without data.
     """
 
     recipe: dict[str, Any]
@@ -89,7 +93,10 @@ class DistillJob:
 
     def student_settings(self) -> StudentSettings:
         """The recipe's student; ValueError where the model that is given is another one in what it has learned."""
-        wanted, found = self.settings()[0].student.settings(), StudentSettings.read(Path(self.student))
+        wanted = self.settings()[0].student.settings()
+        if self.student == self.teacher and not _is_causal(Path(self.teacher)):
+            return wanted
+        found = StudentSettings.read(Path(self.student))
         for name in ("block", "first_block", "timesteps"):
             have, want = vars(found)[name], vars(wanted)[name]
             if have != want:
@@ -105,9 +112,11 @@ class DistillJob:
 @app.command()
 def distill_command(
     method: Annotated[Method, typer.Option(help="How the student's clips are made.")],
-    student: Annotated[Path, typer.Option(help="Model folder of the student to begin with.")],
-    teacher: Annotated[Path, typer.Option(help="Model folder of the bidirectional teacher.")],
+    teacher: Annotated[Path, typer.Option(help="Model folder of the teacher: bidirectional, or causal of many steps.")],
     run: Annotated[Path, typer.Option(help="Folder of the run; an interrupted run goes on there.")],
+    student: Annotated[
+        Path | None, typer.Option(help="Model folder of the student to begin with; the teacher's weights by default.")
+    ] = None,
     data: Annotated[str | None, typer.Option(help="causvid: a data set of latents or trajectories.")] = None,
     prompts: Annotated[
         str | None, typer.Option(help=f"The others: a file, a data set (its captions), or {SPRITES}.")
@@ -127,7 +136,8 @@ def distill_command(
     if given is None:
         raise ValueError(f"{needed}: --method {method.value} needs it")
     resolved = load_recipe(recipe, override).model_dump(mode="json")
-    job = DistillJob(resolved, method.value, str(student), str(teacher), data, prompts, str(run), engine.value)
+    start = str(student or teacher)
+    job = DistillJob(resolved, method.value, start, str(teacher), data, prompts, str(run), engine.value)
     if dry:
         for line in memory(job):
             typer.echo(line)
@@ -176,7 +186,8 @@ def train(
     shape = data.shape if data else job.shape()
     source = _source(job, student, engines[0], contexts, parts, shape, ranks)
     real = freeze(load_network(Path(job.teacher)), engines[0].device)
-    learner = DmdLearner(*engines, real, contexts, source, _dmd_settings(recipe, section), ranks)
+    mask = score_mask(Path(job.teacher))
+    learner = DmdLearner(*engines, real, contexts, source, _dmd_settings(recipe, section), ranks, mask)
     prompts = SheetPrompts.choose(recipe, data.some_prompts if data else lambda: batches.take(0).prompts)
     sheet = StudentSheets(
         stage.folder / "sheets",
@@ -191,7 +202,7 @@ def train(
     )
     run_stage(stage, learner, batches, ranks, report=report, sheet=sheet, interrupted=interrupted, console=console)
     passed = close_gate(record, gate(stage.folder))
-    _export(job, stage, parts, engines[0], student, batches, ranks)
+    _export(job, stage, parts, engines[0], student, batches, (shape[2], shape[3]), ranks)
     record.write(status="finished")
     ranks.barrier()
     return passed
@@ -298,8 +309,27 @@ def _scores(learner: DmdLearner) -> Scores:
     return scores
 
 
+def _is_causal(teacher: Path) -> bool:
+    return (teacher / "student.json").is_file()
+
+
+def score_mask(teacher: Path) -> Callable[[int], FrameMask] | None:
+    """The mask under which both score networks see a clip: None for a bidirectional teacher, a causal one's own.
+
+    ValueError for a student of few steps: it has no score.
+    """
+    if not _is_causal(teacher):
+        return None
+    settings = StudentSettings.read(teacher)
+    if settings.sampling != "many-step":
+        raise ValueError(f"{teacher}: a student of few steps cannot teach; a teacher is bidirectional or of many steps")
+    return partial(student_mask, settings)
+
+
 def _identity(job: DistillJob, recipe: Recipe, batches: Batches) -> dict[str, Any]:
+    causal = {"teacher_is": "causal"} if _is_causal(Path(job.teacher)) else {}
     return {
+        **causal,
         "engine": job.engine,
         "student": recipe.student.model_dump(mode="json"),
         "clip": recipe.clip.model_dump(mode="json"),
@@ -317,9 +347,10 @@ def _export(
     engine: Engine,
     student: StudentSettings,
     batches: Batches,
+    size: tuple[int, int],
     ranks: Ranks,
 ) -> None:
-    """Write the averaged student. Every rank calls."""
+    """Write the averaged student. size: of its latents. Every rank calls."""
     folder, weights = Path(job.student), engine.averaged_weights()
     origin = {
         "method": stage.name,
@@ -330,4 +361,4 @@ def _export(
         "parent": {"model": folder.name, "digest": stage.identity["start"], **origin_of(folder)},
     }
     if ranks.rank == 0:
-        export_student(stage.folder, parts, transformer_config(folder), weights, student, origin)
+        export_student(stage.folder, parts, transformer_config(folder), weights, student, origin, size)

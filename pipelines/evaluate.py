@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 from rich.console import Console
+from rich.progress import track
 from rich.table import Table
 
 from ..actors.judge import SPRITES
@@ -130,9 +131,11 @@ class Made:
         return self.report is not None and self.report.interrupted
 
     def give_up(self, record: Quarantined[Cell]) -> None:
-        cell = record.item
-        whose = f"{cell.model.name}, {cell.setting.label}, seed {cell.seed}, {cell.prompt.text[:60]!r}"
-        self.failed.append(f"{whose}: {record.failure} (attempts: {record.attempts})")
+        self.failed.append(f"{_whose(record.item)}: {record.failure} (attempts: {record.attempts})")
+
+
+def _whose(cell: Cell) -> str:
+    return f"{cell.model.name}, {cell.setting.label}, seed {cell.seed}, {cell.prompt.text[:60]!r}"
 
 
 def make_missing(plan: Plan, out: Storage, need: Requirements, address: str | None, console: Console) -> Made:
@@ -148,6 +151,22 @@ def make_missing(plan: Plan, out: Storage, need: Requirements, address: str | No
         worker = partial(Examiner, out, int(need.cpus), need.max_workers)
         pool = PoolSettings(need, "evaluate", retry_on=(StorageError, ConnectionError))
         made.report = run_pool(worker, cells, pool, lambda *_: None, on_quarantine=made.give_up)
+    return made
+
+
+def make_here(plan: Plan, out: Storage, threads: int, console: Console) -> Made:
+    """The same without Ray: one video after the other, in this process. threads: of torch.
+
+    A video that cannot be made is given up and named; Ctrl-C raises KeyboardInterrupt, what is done is kept.
+    """
+    made, cells = Made(), missing_cells(plan, out)
+    console.print(f"{out.uri}: {len(plan.cells):,} videos planned, {len(cells):,} to make")
+    examiner = Examiner(out, threads, 1)
+    for cell in track(cells, "evaluate", console=console, disable=not console.is_terminal):
+        try:
+            examiner.process(cell)
+        except (ValueError, ArithmeticError, RuntimeError) as error:
+            made.failed.append(f"{_whose(cell)}: {error}")
     return made
 
 

@@ -1,7 +1,7 @@
 """`reelway initialize`: a causal student from a teacher's trajectories, or a causal many-step model from its clips."""
 
 import enum
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -147,7 +147,8 @@ def train(
     passed = close_gate(record, [_causality_check(), _flattened(stage.folder)])
     weights = engine.averaged_weights()
     if ranks.rank == 0:
-        export_student(stage.folder, parts, parts.config, weights, student, _origin(job, stage, batches))
+        made = student if job.method == Method.ode else replace(student, sampling="many-step")
+        export_student(stage.folder, parts, parts.config, weights, made, _origin(job, stage, batches), (height, width))
     record.write(status="finished")
     ranks.barrier()
     return passed

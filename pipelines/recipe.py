@@ -74,15 +74,27 @@ class VAERecipe(Strict):
     phases: Annotated[list[VAEPhaseRecipe], Field(min_length=1)]
 
 
+class TeacherPhaseRecipe(Strict):
+    """A stretch of the teacher's training, which begins with the averaged weights of the one before.
+
+    batch: clips of an update. lengths: latent frames of the clips, update by update in turn; shorter clips are the
+    beginnings of whole ones, in larger batches (up to four times). They show more scenes for the same arithmetic, and
+    more of the first latent frame, which is one of an image.
+    """
+
+    steps: Positive
+    batch: Positive = 48
+    lengths: Annotated[list[Positive], Field(min_length=1)] = [21]
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+
+
 class TeacherRecipe(Strict):
     """Flow-matching training of the transformer, with the text encoder trained along."""
 
     clips: Positive = 12000
-    steps: Positive = 2800
-    batch: Positive = 48
     shift: Rate = 3.0
     prompt_drop: Share = 0.1
-    optimizer: OptimizerRecipe = OptimizerRecipe()
+    phases: Annotated[list[TeacherPhaseRecipe], Field(min_length=1)]
 
 
 class PretrainRecipe(Strict):
@@ -92,7 +104,7 @@ class PretrainRecipe(Strict):
     seed: int = 0
     world: WorldRecipe = WorldRecipe()
     vae: VAERecipe
-    teacher: TeacherRecipe = TeacherRecipe()
+    teacher: TeacherRecipe
 
 
 class ClipRecipe(Strict):

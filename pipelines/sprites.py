@@ -1,8 +1,9 @@
 """`reelway sprites`: look at the embedded world, grade models and videos in it."""
 
 import json
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import av
 import numpy as np
@@ -27,11 +28,12 @@ SPLITS = ("train", "validation", "heldout")
 FRAMES = 81
 SIZE = 64
 BATCH = 8
+SHIPPED_LEVEL = 1  # of the world that the shipped models learned
 
 app = typer.Typer(no_args_is_help=True, add_completion=False, help="The embedded video world: look, render, grade.")
 
 Model = Annotated[Path, typer.Option(help="A teacher in the diffusers layout.")]
-Level = Annotated[int, typer.Option(min=0, max=3, help="0 plain, 1 textures, 2 random turns, 3 entrances and exits.")]
+Level = Annotated[int, typer.Option(min=0, max=3, help="0 plain, 1 random turns, 2 textures, 3 entrances and exits.")]
 Split = Annotated[str, typer.Option(help="train, validation or heldout (combinations never trained on).")]
 Steps = Annotated[int, typer.Option(min=1, help="Euler steps of the teacher.")]
 Guidance = Annotated[float, typer.Option(help="Guidance scale w: uncond + w (cond - uncond).")]
@@ -73,7 +75,7 @@ def sheet(
     model: Annotated[Path | None, typer.Option(help="Draw this teacher's samples under the renderings.")] = None,
     count: Annotated[int, typer.Option(min=1, help="Captions.")] = 6,
     split: Split = "heldout",
-    level: Level = 2,
+    level: Level = SHIPPED_LEVEL,
     steps: Steps = 50,
     guidance: Guidance = 5.0,
     seed: int = 0,
@@ -96,40 +98,64 @@ def score(
     model: Model = Path("assets/tiny"),
     count: Annotated[int, typer.Option(min=1, help="Prompts.")] = 32,
     split: Split = "heldout",
-    level: Level = 2,
+    level: Level = SHIPPED_LEVEL,
     steps: Steps = 50,
     guidance: Guidance = 5.0,
     seed: int = 0,
     out: Annotated[Path | None, typer.Option(help="Also write the table as JSON.")] = None,
 ) -> None:
     """Grade a teacher, and its VAE's reconstructions, beside the renderings themselves."""
-    teacher, chosen = Teacher.from_pretrained(model), _prompts(split, count, seed, level)
-    columns = grade_teacher(teacher, chosen, split=split, level=level, steps=steps, guidance=guidance, seed=seed)
+    chosen = _prompts(split, count, seed, level)
+    grading = Grading(split, count, level, steps, guidance, seed)
+    columns = grade_teacher(Teacher.from_pretrained(model), chosen, grading)
     Console().print(_columns(f"{count} {split} prompts, level {level}", columns))
     if out is not None:
-        settings = {"split": split, "count": count, "level": level, "steps": steps, "guidance": guidance, "seed": seed}
-        tables = {name: verdict.table for name, verdict in columns.items()}
-        out.write_text(json.dumps({"settings": settings, "scores": tables}, indent=2) + "\n")
+        out.write_text(json.dumps(as_json(columns, grading), indent=2) + "\n")
 
 
-def grade_teacher(
-    teacher: Teacher,
-    chosen: list[tuple[str, Scene]],
-    *,
-    split: str,
-    level: int,
-    steps: int,
-    guidance: float,
-    seed: int,
-) -> dict[str, Verdict]:
+@app.command()
+def card(
+    run: Annotated[Path, typer.Argument(help="The folder of a finished `reelway pretrain`.")],
+    count: Annotated[int, typer.Option(min=1, help="Held-out prompts to grade.")] = 64,
+    pictures: Annotated[int, typer.Option(min=1, help="Prompts of the sheet of samples.")] = 6,
+    steps: Steps = 50,
+    guidance: Guidance = 5.0,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+) -> None:
+    """Grade a trained teacher and write its model card: RUN/model/README.md and RUN/model/card/."""
+    from .pretraining.card import write_card  # here only: it imports this module
+
+    write_card(run, count=count, pictures=pictures, steps=steps, guidance=guidance, device=device)
+    Console().print(f"Wrote {run / 'model' / 'README.md'}.")
+
+
+@dataclass(frozen=True)
+class Grading:
+    """How a teacher is graded: on `count` prompts of a split of the world's level, with so many Euler steps."""
+
+    split: str
+    count: int
+    level: int
+    steps: int
+    guidance: float
+    seed: int
+
+
+def grade_teacher(teacher: Teacher, chosen: list[tuple[str, Scene]], grading: Grading) -> dict[str, Verdict]:
     """Verdicts of the prompts' renderings, of these after the VAE, and of the teacher's own videos."""
-    scenes = [scene for _, scene in chosen]
-    renderings = _renderings(chosen, split, seed, level)
+    scenes, level = [scene for _, scene in chosen], grading.level
+    renderings = _renderings(chosen, grading.split, grading.seed, level)
+    samples = sample(teacher, chosen, steps=grading.steps, guidance=grading.guidance, seed=grading.seed)
     return {
         "rendering": judge(renderings, scenes, level=level),
         "reconstruction": judge(teacher.reconstruct(renderings), scenes, level=level),
-        "teacher": judge(sample(teacher, chosen, steps=steps, guidance=guidance, seed=seed), scenes, level=level),
+        "teacher": judge(samples, scenes, level=level),
     }
+
+
+def as_json(columns: dict[str, Verdict], grading: Grading) -> dict[str, Any]:
+    """The settings and the table, for a file."""
+    return {"settings": asdict(grading), "scores": {name: verdict.table for name, verdict in columns.items()}}
 
 
 def sample(

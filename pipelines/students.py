@@ -169,14 +169,20 @@ def export_student(
     weights: dict[str, Tensor],
     student: StudentSettings,
     origin: dict[str, Any],
+    size: tuple[int, int],
 ) -> Path:
-    """Write `run/model`: the student's folder, whole or not at all; text encoder, tokenizer and VAE are copies."""
+    """Write `run/model`: the student's folder, whole or not at all; text encoder, tokenizer and VAE are copies.
+
+    size: height and width of the clips' latents.
+    """
     target, temporary = run / "model", run / "model.partial"
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     network = VideoTransformer(config)
     network.load_state_dict(weights)
-    write_model(temporary, network, parts.encoder, shift=parts.shift, student=replace(student, origin=origin))
+    height, width = (side * parts.vae.spatial_factor for side in size)
+    written = replace(student, origin=origin, height=height, width=width)
+    write_model(temporary, network, parts.encoder, shift=parts.shift, student=written)
     for name in COPIED:
         shutil.rmtree(temporary / name, ignore_errors=True)
         shutil.copytree(parts.folder / name, temporary / name)

@@ -4,7 +4,7 @@ Method: CausVid (arXiv 2412.07772, section 4.2), after DMD (arXiv 2311.18828) an
 student's clips are made from is a `ClipSource`: CausVid, Self-Forcing and LongLive differ there and nowhere else.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from ...kernels.causal.masks import FrameMask
 from ...kernels.diffusion.guidance import guided_velocity
 from ...kernels.diffusion.schedule import Velocity, add_noise, sample_timesteps, uniform_timesteps, velocity_to_clean
 from ...kernels.objectives.dmd import DmdGenerator, dmd_critic_loss, dmd_generator_loss
@@ -45,7 +46,8 @@ class DmdLearner:
     """One step: the student makes clips, the critic learns their distribution, and in its turn the student is moved.
 
     real: the frozen teacher's transformer, on the student's device. student, critic: trained; the critic begins as a
-    teacher, too. Both score networks are bidirectional and see a clip at one timestep of its own draw. In a step that
+    teacher, too. Both score networks see a clip at one timestep of its own draw; they are bidirectional, or where the
+    teacher is a causal model under its mask (score_mask: of a clip of so many frames). In a step that
     trains both, the student is scored by the critic as it was before the step, on clips the critic has not seen.
     """
 
@@ -58,9 +60,11 @@ class DmdLearner:
         source: ClipSource,
         settings: DmdSettings | None = None,
         ranks: Ranks | None = None,
+        score_mask: Callable[[int], FrameMask] | None = None,
     ) -> None:
         self.student = student
         self.critic = critic
+        self._score_mask = score_mask
         self.source = source
         self._real = real.requires_grad_(False).eval()
         self._contexts = contexts
@@ -155,8 +159,9 @@ class DmdLearner:
 
     def _velocity(self, network: nn.Module, text: TextContext) -> Velocity:
         def velocity(latents: Tensor, timesteps: Tensor, /) -> Tensor:
+            masks = () if self._score_mask is None else (self._score_mask(latents.shape[1]),)
             with self.critic.autocast():
-                predicted: Tensor = network(latents, timesteps, text)
+                predicted: Tensor = network(latents, timesteps, text, *masks)
             return predicted
 
         return velocity

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ..diffusion.schedule import warp
 from .masks import block_sizes, check_window
@@ -17,6 +17,9 @@ class StudentSettings:
     timesteps: the few-step list, falling, without 0, already warped by `shift`.
     window: frames that a block attends to, its own and the sink's included.
     origin: where the student came from (recipe fingerprints, parent model), for the reader.
+    height, width: of the pixels that it was trained on; both or none, and none is not known.
+    sampling: "few-step", a student. "many-step" is a causal model of the flow itself, which takes many guided Euler
+    steps; its timesteps are those of the students that are made from it.
     """
 
     block: int = 3
@@ -26,6 +29,9 @@ class StudentSettings:
     window: int = 21
     sink: int = 3
     origin: dict[str, Any] = field(default_factory=dict)
+    height: int | None = None
+    width: int | None = None
+    sampling: Literal["few-step", "many-step"] = "few-step"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "timesteps", tuple(float(value) for value in self.timesteps))
@@ -34,6 +40,11 @@ class StudentSettings:
         falling = all(later < earlier for earlier, later in pairwise(levels))
         if not levels or levels[0] > 1000 or levels[-1] <= 0 or not falling:
             raise ValueError(f"student: timesteps must fall within (0, 1000], got {list(levels)}")
+        size = (self.height, self.width)
+        if size != (None, None) and not all(isinstance(side, int) and side > 0 for side in size):
+            raise ValueError(f"student: height and width must both be pixels, or neither be there, got {size}")
+        if self.sampling not in ("few-step", "many-step"):
+            raise ValueError(f"student: sampling must be few-step or many-step, got {self.sampling!r}")
 
     def size_of(self, start: int) -> int:
         """Frames of the block that begins at frame `start` of the stream."""

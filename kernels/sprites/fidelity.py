@@ -123,16 +123,32 @@ def diversity(videos: Sequence[Video], scene: Scene, *, level: int = 0, referenc
     if len(videos) < 2:
         raise ValueError(f"videos: a spread needs at least two, got {len(videos)}")
     frames = min(len(video) for video in videos)
-    made = np.stack([_found_paths(video[:frames], scene, level) for video in videos])
-    world = np.stack([_simulated_paths(scene, seed, frames, level) for seed in range(references)])
-    ratios = [_place_spread(made) / max(_place_spread(world), 1e-6)]
-    phases = _phase_spread(world)
+    made = np.stack([found_paths(video[:frames], scene, level=level) for video in videos])
+    return diversity_of_paths(made, scene, level=level, references=references)
+
+
+def diversity_of_paths(made: Array, scene: Scene, *, level: int = 0, references: int = 64) -> float:
+    """Return `diversity` of videos whose paths are known: [N, S, F, 2] as `found_paths` gives them.
+
+    Raises:
+        ValueError: fewer than two videos, or other sprites than the scene's.
+    """
+    if made.ndim != 4 or len(made) < 2 or made.shape[1] != len(scene.sprites) or made.shape[3] != 2:
+        raise ValueError(f"made: needs paths [N >= 2, {len(scene.sprites)}, F, 2], got {made.shape}")
+    places, phases = _world_spreads(scene, made.shape[2], level, references)
+    ratios = [_place_spread(made) / max(places, 1e-6)]
     if phases > PHASE_FLOOR:
         ratios.append(_phase_spread(made) / phases)
     return float(np.mean(ratios))
 
 
-def _found_paths(video: Video, scene: Scene, level: int) -> Array:
+@cache
+def _world_spreads(scene: Scene, frames: int, level: int, references: int) -> tuple[float, float]:
+    world = np.stack([_simulated_paths(scene, seed, frames, level) for seed in range(references)])
+    return _place_spread(world), _phase_spread(world)
+
+
+def found_paths(video: Video, scene: Scene, *, level: int = 0) -> Array:
     """Paths [S, F, 2] of the captioned sprites in frame sizes; in the middle throughout where not found."""
     paths = oracle.captioned_paths(video, scene, level=level)
     middle = np.full((len(video), 2), 0.5)

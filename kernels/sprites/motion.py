@@ -14,7 +14,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from .scene import FRAMES_PER_SECOND, SIZES, SPEEDS, Scene, Sprite
+from .scene import FRAMES_PER_SECOND, SIZES, SPEEDS, TURNING_LEVEL, Scene, Sprite
 
 UNIT = 1 << 24
 SWERVE_FRAMES = 8
@@ -266,7 +266,7 @@ def plan(scene: Scene, seed: int, level: int) -> Plan:
     sprites = scene.sprites
     draws = generator(scene, seed, "layout").random((CANDIDATE_LAYOUTS, len(sprites), 6))
     chosen = _choose_layout(scene, draws, meet=level >= 1)
-    sources = [TurnSource(scene, seed, i) if level >= 2 else None for i in range(len(sprites))]
+    sources = [TurnSource(scene, seed, i) if level >= TURNING_LEVEL else None for i in range(len(sprites))]
     paths = tuple(_path(s, d, t) for s, d, t in zip(sprites, draws[chosen], sources, strict=True))
     presences = [Presence()] * len(sprites)
     moving = [i for i, sprite in enumerate(sprites) if sprite.motion != "still"]

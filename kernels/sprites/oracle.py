@@ -29,13 +29,25 @@ from . import agreement, detect, measures, scores
 from .agreement import Path
 from .find import Findings, find
 from .find import Sprite as Found
-from .scene import COLORS, FRAMES_PER_SECOND, GROUNDS, MOTIONS, SHAPES, SIZES, SPEEDS, Scene, Sprite
+from .scene import (
+    COLORS,
+    FRAMES_PER_SECOND,
+    GROUNDS,
+    MOTIONS,
+    SHAPES,
+    SIZES,
+    SPEEDS,
+    TEXTURED_LEVEL,
+    TURNING_LEVEL,
+    Scene,
+    Sprite,
+)
 
 Array = NDArray[np.float32]
 Bools = NDArray[np.bool_]
 
 SHORTEST = 5  # frames of a video that can be graded
-TURNING_LEVEL, PASSING_LEVEL = 2, 3
+PASSING_LEVEL = 3
 COLOR_SCALE, NO_COLOR = 0.09, 0.3
 GROUND_SCALE, NO_GROUND = 0.04, 0.14
 LIGHTER, DARKER = 0.45, 0.62  # of a texture's second colour
@@ -114,7 +126,7 @@ def grade(
     """Grade a video against a scene.
 
     video: uint8 [F, H, W, 3], square, at least 5 frames of at least 16 pixels. fps: its frames per second.
-    level: of the world (see `render`): 1 expects textures, 2 allows random turns, 3 allows that of two
+    level: of the world (see `render`): 1 allows random turns, 2 expects textures, 3 allows that of two
     sprites one comes in late or goes away. may_have_left: the video is a later part of one, in which, at
     level 3, one of two sprites may never be seen; the same holds, without a relation, for a video too short
     to show one come in. The other sprite then answers alone.
@@ -129,7 +141,7 @@ def grade(
     """
     _check(video, level, fps)
     found = find(video, len(scene.sprites) + 1, level=level)
-    textured, passes = level >= 1, level >= PASSING_LEVEL and len(scene.sprites) == 2
+    textured, passes = level >= TEXTURED_LEVEL, level >= PASSING_LEVEL and len(scene.sprites) == 2
     paths = [_path(found, sprite, fps, level, passes) for sprite in found.sprites]
     chosen = _assigned(scene, found, paths, textured)
     wanted = zip(scene.sprites, chosen, strict=True)
@@ -157,7 +169,7 @@ def captioned_paths(video: NDArray[np.uint8], scene: Scene, *, level: int = 0) -
     found = find(video, len(scene.sprites) + 1, level=level)
     passes = level >= PASSING_LEVEL and len(scene.sprites) == 2
     paths = [_path(found, sprite, FRAMES_PER_SECOND, level, passes) for sprite in found.sprites]
-    chosen = _assigned(scene, found, paths, level >= 1)
+    chosen = _assigned(scene, found, paths, level >= TEXTURED_LEVEL)
     return [None if index is None else paths[index].points for index in chosen]
 
 

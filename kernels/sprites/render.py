@@ -3,8 +3,9 @@
 Levels add uncertainty and detail, each on top of the lower ones:
 
 - 0: plain sprites on a plain or graded ground, straight, circling or bouncing motion for ever;
-- 1: textured sprites and faintly textured grounds; two sprites pass in front of each other;
-- 2: a moving sprite turns at random moments: a swerve, a reversed circle, a new bouncing angle;
+- 1: a moving sprite turns at random moments: a swerve, a reversed circle, a new bouncing angle; two sprites pass in
+  front of each other;
+- 2: textured sprites and faintly textured grounds;
 - 3: of two sprites, a moving one enters or leaves at a random moment.
 """
 
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .motion import UNIT, generator, plan
-from .scene import COLORS, GROUNDS, SIZES, Scene
+from .scene import COLORS, GROUNDS, SIZES, TEXTURED_LEVEL, Scene
 
 LEVELS = (0, 1, 2, 3)
 FRAMES_PER_BATCH = 32
@@ -79,7 +80,7 @@ def simulate(scene: Scene, seed: int, frames: int, *, level: int = 0, start: int
 
 
 def draw(scene: Scene, track: Track, size: int, *, level: int, seed: int) -> Frames:
-    """Paint a track, uint8 [F, size, size, 3]. The seed chooses only the textures of level 1 and above."""
+    """Paint a track, uint8 [F, size, size, 3]. The seed chooses only the textures of level 2 and above."""
     _check_level(level)
     if size < 16:
         raise ValueError(f"size must be at least 16 pixels, got {size}")
@@ -99,7 +100,7 @@ def ground(scene: Scene, size: int, *, level: int, seed: int) -> Frames:
     bottom = np.array(GRADIENT_ENDS[scene.ground] if scene.gradient else GROUNDS[scene.ground], np.float32)
     share = ((np.arange(size, dtype=np.float32) + 0.5) / size)[:, None, None]
     colors = top + (bottom - top) * share
-    if level >= 1:
+    if level >= TEXTURED_LEVEL:
         colors = colors + _cloth(scene, size, seed)[:, :, None]
     return _to_bytes(np.broadcast_to(colors, (size, size, 3)))
 
@@ -141,7 +142,7 @@ class _Paint:
 def _paint(scene: Scene, index: int, level: int, seed: int) -> _Paint:
     sprite = scene.sprites[index]
     color = np.array(COLORS[sprite.color], np.float32)
-    if level == 0:
+    if level < TEXTURED_LEVEL:
         return _Paint(sprite.shape, color, color, None, 0.0, 0.0)
     kind, tone, turn, offset = generator(scene, seed, f"texture {index}").random(4).tolist()
     lighter = color.mean() < 150 and (tone < 0.5 or sum(GROUNDS[scene.ground]) < 300)

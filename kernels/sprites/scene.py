@@ -26,6 +26,7 @@ MOTIONS = ("left", "right", "up", "down", "diagonal", "circling", "bouncing", "s
 SPEEDS: dict[str, float] = {"slow": 0.22, "fast": 0.55}  # frame heights per second
 RELATIONS = ("left of", "right of", "above", "below")
 FRAMES_PER_SECOND = 16
+TURNING_LEVEL, TEXTURED_LEVEL = 1, 2  # from which on moving sprites turn, and sprites and grounds have textures
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,8 @@ class Examiner:
             "scores": {**found.scores, SPEED: clip.speed},
             "drift": found.drift,
             "seen": found.seen,
+            "traits": found.traits and asdict(found.traits),
+            "ends": found.ends,
             "shots": [{"start": shot.start, "prompt": shot.prompt} for shot in clip.shots],
             "frames": len(clip.video),
             "run": {

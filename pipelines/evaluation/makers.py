@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ...actors.causal_teacher import CausalTeacher
 from ...actors.generator import Student
 from ...actors.judge import Blocks, Shot
 from ...actors.streams import Stream
@@ -41,7 +42,8 @@ def load_maker(cell: Cell) -> Maker:
     """The maker of a cell's model, on the cell's device. ValueError where there is no such device."""
     if cell.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no CUDA device at this worker")
-    return TeacherMaker(cell) if cell.model.kind == "teacher" else StudentMaker(cell)
+    makers = {"teacher": TeacherMaker, "causal": CausalMaker, "student": StudentMaker}
+    return makers[cell.model.kind](cell)
 
 
 class TeacherMaker:
@@ -59,7 +61,7 @@ class TeacherMaker:
         if shape not in self._warm:
             self._sample(teacher, cell, shape, 1)
             self._warm.add(shape)
-        with counted_passes(teacher.transformer) as passes:
+        with measured_passes(teacher.transformer) as passes:
             began = time.perf_counter()
             video = self._sample(teacher, cell, shape, cell.setting.steps)
             seconds = time.perf_counter() - began
@@ -67,8 +69,9 @@ class TeacherMaker:
             "seconds": seconds,
             "frames_per_second": len(video) / seconds,
             "time_to_first_frame": seconds,
-            "forwards_per_block": float(passes[0]),
-            "forwards_per_latent": passes[0] / cell.latents,
+            "denoise_frames_per_second": len(video) / passes.seconds,
+            "forwards_per_block": float(passes.count),
+            "forwards_per_latent": passes.count / cell.latents,
             "latents_per_block": float(cell.latents),
         }
         blocks = StudentSettings.block
@@ -96,6 +99,60 @@ class TeacherMaker:
         return teacher.decode(teacher.sample([cell.prompts[0]], noise, grid, cell.setting.guidance))[0].numpy()
 
 
+class CausalMaker:
+    """A causal model of many steps: block by block, each decoded as it comes."""
+
+    def __init__(self, cell: Cell) -> None:
+        self._teachers: dict[str, CausalTeacher] = {}
+        self._folder, self._device, self._autocast = Path(cell.model.folder), cell.device, cell.precision == "bfloat16"
+        self._warm: set[tuple[int, int]] = set()
+
+    def make(self, cell: Cell) -> Clip:
+        teacher = self._teacher(cell.setting.negative_prompt or "")
+        if cell.size not in self._warm:
+            next(self._stream(teacher, cell, 1))
+            self._warm.add(cell.size)
+        with measured_passes(teacher.transformer) as passes:
+            frames, times, began = [], [], time.perf_counter()
+            for chunk in self._stream(teacher, cell, cell.setting.steps):
+                frames.append(chunk)
+                times.append(time.perf_counter() - began)
+                if sum(map(len, frames)) >= cell.frames:
+                    break
+        video, sizes = np.concatenate(frames), _sizes(teacher.settings, len(frames))
+        speed = {
+            "seconds": times[-1],
+            "frames_per_second": len(video) / times[-1],
+            "denoise_frames_per_second": len(video) / passes.seconds,
+            "time_to_first_frame": times[0],
+            "forwards_per_block": passes.count / len(frames),
+            "forwards_per_latent": passes.count / sum(sizes),
+            "latents_per_block": float(teacher.settings.block),
+        }
+        blocks = Blocks.of(sizes, teacher.vae.temporal_factor)
+        return Clip(video[: cell.frames], (Shot(0, cell.graded[0]),), blocks, speed)
+
+    def _teacher(self, negative_prompt: str) -> CausalTeacher:
+        if negative_prompt not in self._teachers:
+            self._teachers = {
+                negative_prompt: CausalTeacher.from_pretrained(
+                    self._folder, self._device, negative_prompt=negative_prompt, autocast=self._autocast
+                )
+            }
+        return self._teachers[negative_prompt]
+
+    def _stream(self, teacher: CausalTeacher, cell: Cell, steps: int) -> Iterator[np.ndarray]:
+        assert cell.setting.guidance is not None
+        height, width = (side // teacher.vae.spatial_factor for side in cell.size)
+        key, grid = SampleKey(cell.seed, cell.prompts[0], 0), timesteps(steps, teacher.shift)
+        return teacher.stream(cell.prompts[0], key, (height, width), grid, cell.setting.guidance)
+
+
+def _sizes(settings: StudentSettings, blocks: int) -> list[int]:
+    """Latent frames of the first blocks of a stream."""
+    return [settings.size_of(0), *[settings.block] * (blocks - 1)]
+
+
 class StudentMaker:
     """Streams: block by block, decoded as they come. Settings share the networks."""
 
@@ -112,16 +169,17 @@ class StudentMaker:
                 stream.next_chunk()
             self._warm.add((cell.setting, cell.size))
         student.context.cache_clear()  # so that every video's time holds the encoding of its prompt
-        with counted_passes(student.transformer) as passes:
+        with measured_passes(student.transformer) as passes:
             take = _stream(student, cell)
         seconds, gaps = take.times[-1], np.diff(take.times)
         video = np.concatenate(take.frames)
         speed = {
             "seconds": seconds,
             "frames_per_second": len(video) / seconds,
+            "denoise_frames_per_second": len(video) / passes.seconds,
             "time_to_first_frame": take.first,
-            "forwards_per_block": passes[0] / len(take.times),
-            "forwards_per_latent": passes[0] / len(take.starts),
+            "forwards_per_block": passes.count / len(take.times),
+            "forwards_per_latent": passes.count / len(take.starts),
             "latents_per_block": float(student.settings.block),
         }
         if len(gaps):
@@ -185,19 +243,40 @@ def _open(student: Student, cell: Cell) -> Stream:
     return student.open(cell.prompts[0], cell.seed, height=height, width=width, mode=mode)
 
 
+@dataclass
+class Passes:
+    """Forward passes of a network, and the seconds within them."""
+
+    count: int = 0
+    seconds: float = 0.0
+
+
 @contextmanager
-def counted_passes(network: nn.Module) -> Iterator[list[int]]:
-    """Count the network's forward passes; a batch of two (guidance) counts as two."""
-    passes = [0]
+def measured_passes(network: nn.Module) -> Iterator[Passes]:
+    """Count and time the network's forward passes; a batch of two (guidance) counts as two."""
+    passes, began = Passes(), [0.0]
 
-    def count(_: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
-        passes[0] += inputs[0].shape[0]
+    def begin(_: nn.Module, inputs: tuple[Any, ...]) -> None:
+        _settle(inputs[0].device)
+        began[0] = time.perf_counter()
 
-    handle = network.register_forward_hook(count)
+    def end(_: nn.Module, inputs: tuple[Any, ...], __: Any) -> None:
+        _settle(inputs[0].device)
+        passes.count += inputs[0].shape[0]
+        passes.seconds += time.perf_counter() - began[0]
+
+    handles = (network.register_forward_pre_hook(begin), network.register_forward_hook(end))
     try:
         yield passes
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def _settle(device: torch.device) -> None:
+    """Wait until a GPU has done what it was given: the clock should show its work, not the asking."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _settings(own: StudentSettings, setting: Setting) -> StudentSettings:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ...actors.judge import PIXELS, SPRITES
+from ...actors.judge import END_SECONDS, PIXELS, SPRITES
 from ...actors.vbench import DIMENSIONS as VBENCH_DIMENSIONS
 from ...kernels.metrics.measures import MEASURES
 from ...kernels.metrics.statistics import FEWEST
@@ -33,6 +33,7 @@ JUDGES = {
 }
 SPEED_UNITS = {
     "frames_per_second": "1/s",
+    "denoise_frames_per_second": "1/s",
     "forwards_per_block": "passes",
     "forwards_per_latent": "passes",
     "latents_per_block": "latent frames",
@@ -55,6 +56,7 @@ def render_page(report: Report, sheet: Sequence[Report], pictures: Pictures) -> 
         _differences(f"Against {report['baseline']['model']}", report["baseline"]),
         _over_time(report, groups),
         _dimensions(report, groups),
+        _whole_sets(report, groups),
         _sheets(sheet, pictures, groups),
         _worst(report, pictures),
         _failed(report),
@@ -321,6 +323,22 @@ def _dimension(judge: str, name: str) -> str:
         return f'{shown} <span class="soft">{escape(measure.unit)}</span><div class="soft">{escape(measure.says)}</div>'
     unit = f" {SPEED_UNITS.get(name, 's')}" if judge == SPEED else ""
     return f'{shown}<span class="soft">{unit}</span>'
+
+
+def _whole_sets(report: Report, groups: Mapping[Place, int]) -> str:
+    rows = []
+    for entry in report["sets"]:
+        distance = f"<td>{number(entry['frechet'])}</td><td>{entry['videos']}</td>"
+        name = _name(entry["model"], entry["setting"], groups[_place(entry)])
+        ratios = _estimate(entry["diversity"]) + _estimate(entry["drift_ratio"])
+        rows.append(f"<tr><td>{name}</td><td>{escape(entry['prompts'])}</td>{distance}{ratios}</tr>")
+    heads = ["model", "prompts", "Fr&eacute;chet distance", "videos", "diversity", "last over first seconds"]
+    note = (
+        "The distance is to renderings of the same prompts, on fixed random features; compare it at equal numbers of "
+        "videos. Diversity over seeds is a share of the world's. The last column is the Total of a long video's last "
+        f"{END_SECONDS:g} seconds over that of its first."
+    )
+    return _section("Whole sets", _table(heads, rows), note) if rows else ""
 
 
 def _sheets(sheet: Sequence[Report], pictures: Pictures, groups: Mapping[Place, int]) -> str:

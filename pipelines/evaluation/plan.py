@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,7 @@ from ..prompts import read_prompts
 from .sweep import SPRITES, VBENCH, Mode, Precision, PromptSet, StudentSweep, Sweep
 
 SPRITES_COUNT = 16
-CELL_FORMAT = 1  # raised when the content of a cell's row changes
+CELL_FORMAT = 2  # raised when the content of a cell's row changes
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,10 @@ class Asked:
 
 @dataclass(frozen=True)
 class Model:
-    """A model of the sweep. fingerprint: over every file that decides its videos."""
+    """A model of the sweep. kind: teacher, causal (a causal teacher, of many steps) or student.
+
+    fingerprint: over every file that decides its videos.
+    """
 
     name: str
     folder: str
@@ -42,10 +45,13 @@ class Model:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a model is run. mode: "clip" of a teacher. levels: a student's timesteps. What does not apply is None."""
+    """How a model is run. mode: "clip" of a teacher, "blocks" of a causal one. levels: a student's timesteps.
+
+    What does not apply is None.
+    """
 
     steps: int
-    mode: Literal["clip"] | Mode
+    mode: Literal["clip", "blocks"] | Mode
     guidance: float | None = None
     negative_prompt: str | None = None
     window: int | None = None
@@ -57,7 +63,8 @@ class Setting:
         """As reports call it; no two settings of a model share one."""
         steps = f"{self.steps} step{'' if self.steps == 1 else 's'}"
         if self.guidance is not None:
-            return f"{steps}, guidance {self.guidance:g}"
+            blocks = ", block by block" if self.mode == "blocks" else ""
+            return f"{steps}, guidance {self.guidance:g}{blocks}"
         if self.mode == "overlap":
             return f"{steps}, overlapping segments"
         switch = ", prompt switch" if self.mode == "switch" else ""
@@ -116,10 +123,11 @@ def make_plan(sweep: Sweep, device: str, *, vbench_info: Path | None = None, lim
 
 def settings_of(model: Model, sweep: Sweep) -> list[Setting]:
     """The settings under which a model is run. ValueError names the model and what does not fit it."""
-    if model.kind == "teacher":
+    if model.kind != "student":
         section = sweep.teacher
+        mode: Literal["clip", "blocks"] = "clip" if model.kind == "teacher" else "blocks"
         pairs = [(steps, guidance) for steps in section.steps for guidance in section.guidance]
-        return [Setting(steps, "clip", guidance, section.negative_prompt) for steps, guidance in pairs]
+        return [Setting(steps, mode, guidance, section.negative_prompt) for steps, guidance in pairs]
     own = StudentSettings.read(Path(model.folder))
     try:
         return _student_settings(own, sweep.student)
@@ -149,7 +157,7 @@ def few_steps(own: StudentSettings, steps: int | None) -> tuple[float, ...]:
 
 def student_settings(own: StudentSettings, window: int, sink: int, levels: tuple[float, ...]) -> StudentSettings:
     """A student's settings with another window, sink and timesteps; ValueError if they do not go together."""
-    return StudentSettings(own.block, own.first_block, levels, own.shift, window, sink, own.origin)
+    return replace(own, timesteps=levels, window=window, sink=sink)
 
 
 def _cells(
@@ -210,8 +218,13 @@ def _model(name: str, folder: Path) -> Model:
     if not folder.is_dir():
         raise FileNotFoundError(f"models.{name}: no such folder: {folder}")
     check_model(folder)
-    kind = "student" if (folder / "student.json").is_file() else "teacher"
-    return Model(name, str(folder), kind, model_fingerprint(folder))
+    return Model(name, str(folder), _kind(folder), model_fingerprint(folder))
+
+
+def _kind(folder: Path) -> str:
+    if not (folder / "student.json").is_file():
+        return "teacher"
+    return "student" if StudentSettings.read(folder).sampling == "few-step" else "causal"
 
 
 def model_fingerprint(folder: Path) -> str:

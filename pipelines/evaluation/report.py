@@ -21,6 +21,7 @@ from ...kernels.metrics.statistics import (
 )
 from .examiner import SPEED, VIDEOS
 from .plan import Cell, Plan, prompts_hash
+from .sets import set_figures
 from .tables import (
     SPRITES_DIMENSIONS,
     SPRITES_TOTALS,
@@ -32,11 +33,11 @@ from .tables import (
     sprites_statistic,
 )
 
-SCHEMA = 1
+SCHEMA = 2
 WORST = 10
 VBENCH_JUDGE = "vbench"
 JUDGES = (VBENCH_JUDGE, SPRITES, SPEED, PIXELS)  # in the order in which they are read
-HIGHER_IS_BETTER = {"frames_per_second"}
+HIGHER_IS_BETTER = {"frames_per_second", "denoise_frames_per_second"}
 NOT_COMPARED = {"seconds", "latents_per_block", "forwards_per_block"}  # they follow from a clip's and a block's length
 Report = dict[str, Any]
 
@@ -64,6 +65,7 @@ def build_report(sources: Sources) -> Report:
         "cells": {"planned": len(sources.plan.cells), "done": len(done), "failed": sources.failed},
         "scores": [entry for group in order for entry in _scores(group, scores[group])],
         "curves": curves(sources.drift, order),
+        "sets": set_figures(done, sources.rows),
         "baseline": baseline(sources.plan, order, scores),
         "against": None,
         "vbench": sources.vbench,

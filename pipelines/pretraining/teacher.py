@@ -15,42 +15,56 @@ from ...kernels.sprites.captions import VOCABULARY
 from ...kernels.sprites.oracle import grade
 from ...kernels.sprites.splits import prompts
 from ...kernels.wan.config import CONFIGS
-from ...kernels.wan.text import tiny_text_encoder
+from ...kernels.wan.text import TextEncoder, tiny_text_encoder
 from ...kernels.wan.transformer import VideoTransformer
 from ...kernels.wan.vae import StreamingVAE
-from ..recipe import PretrainRecipe
+from ..recipe import PretrainRecipe, TeacherPhaseRecipe
 from ..sheet import contact_sheet
 from .curves import plot_curve
 from .latents import LatentSet, load_latents
 from .loop import train
 from .vae import settings
 
-REPORT_EVERY = 1000
+REPORT_EVERY = 500
+PHASE_SEEDS = 1000  # between the seeds of two phases
+MOST_SHORT = 4  # short clips in the place of a whole one: captions take memory too
 SAMPLES, STEPS, GUIDANCE = 6, 50, 5.0
 
 
-def new_learner(recipe: PretrainRecipe, device: str) -> TeacherLearner:
-    """A teacher with random weights, by the recipe's seed."""
+def train_teacher(recipe: PretrainRecipe, run: Path, device: str) -> TeacherLearner:
+    """Train in `run/teacher-<phase>`, going on from the checkpoints there; returns the final learner."""
     torch.manual_seed(recipe.seed)
     config = CONFIGS[recipe.model]
-    encoder = tiny_text_encoder(VOCABULARY, config.text_dim)
-    transformer = VideoTransformer(config)
+    transformer, encoder = VideoTransformer(config), tiny_text_encoder(VOCABULARY, config.text_dim)
     _initialise(transformer)
-    return TeacherLearner(transformer, encoder, settings(recipe.teacher.optimizer, recipe.teacher.steps), device)
-
-
-def train_teacher(recipe: PretrainRecipe, run: Path, device: str) -> TeacherLearner:
-    """Train in `run/teacher`, going on from its checkpoint; returns the learner with the final weights."""
-    learner = new_learner(recipe, device)
     data = load_latents(recipe, run)
-    folder, vae = run / "teacher", StreamingVAE.from_pretrained(run / "model" / "vae")
+    for phase in range(len(recipe.teacher.phases)):
+        learner = _train_phase(recipe, run, phase, (transformer, encoder), data, device)
+        transformer, encoder = map(copy.deepcopy, learner.averaged())
+    return learner
+
+
+def _train_phase(
+    recipe: PretrainRecipe,
+    run: Path,
+    phase: int,
+    networks: tuple[VideoTransformer, TextEncoder],
+    data: LatentSet,
+    device: str,
+) -> TeacherLearner:
+    chosen, folder = recipe.teacher.phases[phase], run / f"teacher-{phase + 1}"
+    transformer, encoder = networks
+    transformer.requires_grad_(True)
+    encoder.requires_grad_(True)
+    learner = TeacherLearner(transformer, encoder, settings(chosen.optimizer, chosen.steps), device)
+    vae = StreamingVAE.from_pretrained(run / "model" / "vae")
 
     def report(step: int) -> None:
         plot_curve(folder)
         _sheet(recipe, learner, vae, folder / f"sheet-{step:06d}.png")
 
-    batches = partial(batch_at, recipe, learner, data)
-    train("teacher", folder, learner, batches, recipe.teacher.steps, every=(REPORT_EVERY, report))
+    batches = partial(batch_at, recipe, phase, learner, data)
+    train(folder.name, folder, learner, batches, chosen.steps, every=(REPORT_EVERY, report))
     return learner
 
 
@@ -71,12 +85,21 @@ def _sheet(recipe: PretrainRecipe, learner: TeacherLearner, vae: StreamingVAE, p
     contact_sheet(rows, path)
 
 
-def batch_at(recipe: PretrainRecipe, learner: TeacherLearner, data: LatentSet, step: int) -> TeacherBatch:
+def batch_at(recipe: PretrainRecipe, phase: int, learner: TeacherLearner, data: LatentSet, step: int) -> TeacherBatch:
     """The batch of a step: clips in a new order every epoch, some prompts dropped, fresh timesteps and noise."""
-    teacher = recipe.teacher
-    rows = _rows(len(data.captions), teacher.batch, step, recipe.seed)
-    clips = LatentSet(data.latents[rows], [data.captions[row] for row in rows.tolist()])
-    return noised(clips, learner.tokenize, step_generator(recipe.seed, step), teacher.shift, teacher.prompt_drop)
+    teacher, seed = recipe.teacher, recipe.seed + PHASE_SEEDS * phase
+    length, first, count = _portion(teacher.phases[phase], data.latents.shape[1], step)
+    rows = _rows(len(data.captions), first, count, seed)
+    clips = LatentSet(data.latents[rows, :length], [data.captions[row] for row in rows.tolist()])
+    return noised(clips, learner.tokenize, step_generator(seed, step), teacher.shift, teacher.prompt_drop)
+
+
+def _portion(phase: TeacherPhaseRecipe, frames: int, step: int) -> tuple[int, int, int]:
+    """Of a step: latent frames of its clips, how many clips the steps before took, and how many it takes."""
+    lengths = [min(length, frames) for length in phase.lengths]
+    counts = [phase.batch * min(frames // length, MOST_SHORT) for length in lengths]
+    turns, place = divmod(step, len(lengths))
+    return lengths[place], turns * sum(counts) + sum(counts[:place]), counts[place]
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -103,11 +126,11 @@ def noised(
     return TeacherBatch(clips.latents, ids, mask, levels, noise)
 
 
-def _rows(clips: int, batch: int, step: int, seed: int) -> torch.Tensor:
-    """Indices of a step's clips: epoch after epoch of permutations, cut into batches."""
-    positions = torch.arange(step * batch, (step + 1) * batch)
+def _rows(clips: int, first: int, count: int, seed: int) -> torch.Tensor:
+    """Indices of `count` clips from the `first` on: epoch after epoch of permutations, one after the other."""
+    positions = torch.arange(first, first + count)
     epochs = positions // clips
-    rows = torch.empty(batch, dtype=torch.int64)
+    rows = torch.empty(count, dtype=torch.int64)
     for epoch in epochs.unique().tolist():
         order = torch.randperm(clips, generator=torch.Generator().manual_seed(seed * 7_919 + epoch))
         chosen = epochs == epoch

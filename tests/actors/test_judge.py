@@ -6,6 +6,7 @@ import pytest
 from reelway.actors.judge import PIXELS, SPRITES, Blocks, Shot, examine, scene_of
 from reelway.kernels.metrics.measures import summary
 from reelway.kernels.metrics.series import measure
+from reelway.kernels.sprites import fidelity
 from reelway.kernels.sprites.oracle import grade
 from reelway.kernels.sprites.render import render
 from reelway.kernels.sprites.scores import quality, semantic, total
@@ -18,6 +19,23 @@ def rendering(prompt: str, frames: int = 33) -> np.ndarray:
     scene = scene_of(prompt)
     assert scene is not None
     return render(scene, 3, frames, size=64)
+
+
+def test_a_clip_keeps_what_sets_are_made_of_and_a_long_video_its_two_ends() -> None:
+    clip, scene = rendering(PROMPT), scene_of(PROMPT)
+    assert scene is not None
+    found = examine(clip, [Shot(0, PROMPT)], fps=16)
+    assert found.ends is None
+    assert found.traits is not None
+    np.testing.assert_allclose(found.traits.features, fidelity.features([clip])[0], atol=1e-4)
+    np.testing.assert_allclose(found.traits.paths, fidelity.found_paths(clip, scene), atol=1e-4)
+    assert examine(clip, [Shot(0, PROMPT), Shot(16, OTHER)], fps=16).traits is None
+    long = np.concatenate([rendering(PROMPT, 80), rendering(OTHER, 81)])
+    ends = examine(long, [Shot(0, PROMPT)], fps=16).ends
+    assert ends is not None
+    assert ends["first"] == grade(long[:80], scene).scores
+    assert ends["last"] == grade(long[-80:], scene).scores
+    assert ends["last"]["color"] < 0.5 < ends["first"]["color"]
 
 
 def test_a_sprites_video_is_graded_by_the_oracle_and_measured() -> None:

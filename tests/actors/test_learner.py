@@ -5,6 +5,7 @@ import hashlib
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -246,6 +247,24 @@ def dmd(
     )
     critic.updates = 1
     return DmdLearner(student, critic, network(2).double(), known, source, chosen, ranks)
+
+
+@pytest.mark.parametrize("is_causal", [True, False])
+def test_a_causal_teachers_score_of_a_block_does_not_see_later_ones(is_causal: bool) -> None:
+    torch.manual_seed(0)
+    plain = dmd("causvid")
+    mask = partial(regression.student_mask, STUDENT) if is_causal else None
+    learner = DmdLearner(plain.student, plain.critic, network(2).double(), contexts(), plain.source, score_mask=mask)
+    clips = torch.randn(1, FRAMES, 4, SIZE, SIZE, dtype=torch.float64)
+    other = clips.clone()
+    other[:, -STUDENT.block :] += 1
+    noise = torch.randn_like(clips)
+    for before, after in zip(
+        *(learner.scores(each, PROMPTS[:1], 500.0, noise) for each in (clips, other)), strict=True
+    ):
+        same = torch.equal(before[:, : -STUDENT.block], after[:, : -STUDENT.block])
+        assert same == is_causal
+        assert not torch.equal(before[:, -STUDENT.block :], after[:, -STUDENT.block :])
 
 
 def make(method: str, micro_batch: int | None = None, ranks: Ranks | None = None) -> Any:

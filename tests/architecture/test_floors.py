@@ -32,6 +32,10 @@ DOORS = {
     "ftfy": {"kernels/wan/text.py"},
     "triton": {"kernels/ops/"},
     "lmdb": {"pipelines/lmdb_import.py"},
+    "fastapi": {"pipelines/serve/"},
+    "starlette": {"pipelines/serve/"},
+    "websockets": {"pipelines/serve/viewers.py", "pipelines/serve/load.py"},
+    "prometheus_client": {"pipelines/serve/metrics.py"},
     "torchao": {"actors/bench.py"},
 }
 

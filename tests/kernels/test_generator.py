@@ -3,6 +3,7 @@
 import resource
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from reelway.kernels.causal.cache import CacheShape, KVCache
 from reelway.kernels.causal.generator import CachedStudent, ChunkGenerator
+from reelway.kernels.causal.many_step import ManyStepGenerator
 from reelway.kernels.causal.masks import FrameMask, block_causal
 from reelway.kernels.causal.student import StudentSettings
 from reelway.kernels.diffusion.noise import SampleKey, draw_noise, fresh_noise_of
@@ -45,6 +47,33 @@ def prompt(seed: int = 0) -> TextContext:
 def stream(settings: StudentSettings, model: VideoTransformer | None = None, streams: int = 1) -> ChunkGenerator:
     keys = [SampleKey(0, "a prompt", index) for index in range(streams)]
     return ChunkGenerator(model or network(), settings, prompt(), keys, SIZE)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_many_guided_steps_with_a_cache_are_those_of_a_masked_pass(guidance: float) -> None:
+    """Against whole passes under a block-causal mask: clean blocks at 0 before the one at its level, no cache."""
+    model, grid = network(torch.float64), [1000.0, 700.0, 300.0, 0.0]
+    settings, frames = StudentSettings(block=2, first_block=1, window=9, sink=0), 5
+    keys = [SampleKey(4, "a prompt", index) for index in range(2)]
+    negative = prompt(1)
+    generator = ManyStepGenerator(
+        model, settings, prompt().to(dtype=torch.float64), negative, keys, SIZE, grid, guidance
+    )
+    made = torch.cat([generator.next_block() for _ in settings.blocks(frames)], dim=1)
+
+    mask = block_causal(frames, 2, first_block=1)
+    clean = draw_noise(keys, range(frames), (4, *SIZE)).double()
+    first = 0
+    for size in settings.blocks(frames):
+        block = slice(first, first + size)
+        for here, there in pairwise(grid):
+            levels = torch.zeros(2, frames, dtype=torch.float64)
+            levels[:, first:] = here
+            both = [model(clean, levels, text.expand(2).to(dtype=torch.float64), mask) for text in (prompt(), negative)]
+            velocity = both[1] + guidance * (both[0] - both[1])
+            clean[:, block] += (there - here) / 1000 * velocity[:, block]
+        first += size
+    torch.testing.assert_close(made.double(), clean, rtol=1e-4, atol=1e-4)
 
 
 def cached_forward(model: VideoTransformer, latents: Tensor, sizes: list[int], window: int, sink: int) -> Tensor:
@@ -306,6 +335,12 @@ def test_student_settings_round_trip_and_refuse(tmp_path: Path) -> None:
     assert StudentSettings().timesteps == pytest.approx((1000, 937.5, 833.333333, 625))
     with pytest.raises(ValueError, match="timesteps must fall"):
         StudentSettings(timesteps=(500.0, 500.0))
+    with pytest.raises(
+        ValueError, match=r"height and width must both be pixels, or neither be there, got \(64, None\)"
+    ):
+        StudentSettings(height=64)
+    with pytest.raises(ValueError, match="sampling must be few-step or many-step, got 'euler'"):
+        StudentSettings(sampling="euler")
     (tmp_path / "student.json").write_text('{"blocks": 3}')
     with pytest.raises(ValueError, match=r"student\.json"):
         StudentSettings.read(tmp_path)

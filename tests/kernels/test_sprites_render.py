@@ -96,9 +96,9 @@ def test_frozen_bytes():
 
 def test_render_draws_what_simulate_tells():
     scene = two()
-    track = simulate(scene, 2, 12, level=1, start=5)
-    drawn = draw(scene, track, 48, level=1, seed=2)
-    assert np.array_equal(drawn, render(scene, 2, 12, level=1, size=48, start=5))
+    track = simulate(scene, 2, 12, level=2, start=5)
+    drawn = draw(scene, track, 48, level=2, seed=2)
+    assert np.array_equal(drawn, render(scene, 2, 12, level=2, size=48, start=5))
 
 
 # --- motion -------------------------------------------------------------------------------------------
@@ -163,6 +163,13 @@ def test_swerves_keep_the_captioned_direction(motion):
     swerves = np.count_nonzero(np.diff(swerving.astype(int)) == 1)
     assert 6 <= swerves <= 20
     assert 0.1 < swerving.mean() < 0.6
+
+
+def test_turns_belong_to_levels():
+    """Level 0 goes straight for ever; from level 1 on the way ahead cannot be known."""
+    plain, turning = (steps(simulate(one("right"), 9, 320, level=level).positions[:, 0]) for level in (0, 1))
+    assert np.ptp(plain, axis=0).max() < 1e-5
+    assert np.ptp(turning, axis=0).max() > 1e-3
 
 
 def test_circling_reverses_its_sense():
@@ -332,14 +339,14 @@ def test_sizes_show_the_same_picture(size):
 
 def test_textures_and_grounds_belong_to_levels():
     scene = one(shape="square", color="orange")
-    plain = draw(scene, track_at([[[0.5, 0.5]]]), 64, level=0, seed=4)[0]
+    plain = draw(scene, track_at([[[0.5, 0.5]]]), 64, level=1, seed=4)[0]
     assert len(np.unique(plain[26:38, 26:38].reshape(-1, 3), axis=0)) == 1
     assert len(np.unique(plain[:8].reshape(-1, 3), axis=0)) == 1
-    textured = draw(scene, track_at([[[0.5, 0.5]], [[0.5, 0.5]]]), 64, level=1, seed=4)
+    textured = draw(scene, track_at([[[0.5, 0.5]], [[0.5, 0.5]]]), 64, level=2, seed=4)
     assert np.ptp(textured[0, 24:40, 24:40].astype(int), axis=(0, 1)).max() > 40
     assert 4 < np.ptp(textured[0, :8].astype(int), axis=(0, 1)).max() < 25
     assert np.array_equal(textured[0], textured[1])
-    other = draw(scene, track_at([[[0.5, 0.5]]]), 64, level=1, seed=5)[0].astype(int)
+    other = draw(scene, track_at([[[0.5, 0.5]]]), 64, level=2, seed=5)[0].astype(int)
     assert np.abs(other - textured[0])[24:40, 24:40].max() > 40
 
 

@@ -7,6 +7,7 @@ import shutil
 import signal
 import threading
 import time
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -19,17 +20,22 @@ import pytest
 import yaml
 from rich.console import Console
 
+from reelway.actors.judge import scene_of
 from reelway.cluster.session import Session
 from reelway.cluster.storage import Storage
 from reelway.kernels.causal.student import StudentSettings
+from reelway.kernels.sprites import fidelity
+from reelway.kernels.sprites.render import render
 from reelway.kernels.sprites.scores import mean_scores, total
 from reelway.pipelines import evaluate
 from reelway.pipelines.cli import main
 from reelway.pipelines.evaluation import report as reports
 from reelway.pipelines.evaluation.charts import Axis, nice_ticks
 from reelway.pipelines.evaluation.examiner import Examiner
+from reelway.pipelines.evaluation.makers import load_maker
 from reelway.pipelines.evaluation.page import verdict_of
 from reelway.pipelines.evaluation.plan import Plan, few_steps, make_plan, model_fingerprint
+from reelway.pipelines.evaluation.sets import rendering_seed
 from reelway.pipelines.evaluation.sweep import Sweep
 from reelway.pipelines.evaluation.tables import RESULT_SCHEMA
 
@@ -212,6 +218,61 @@ def test_a_models_total_is_the_total_of_its_means(done: tuple[Plan, Path]) -> No
         e for e in report["scores"] if (e["model"], e["judge"], e["dimension"]) == ("student", "sprites", "total")
     ]
     assert entry["mean"] == pytest.approx(expected)
+
+
+def test_figures_of_whole_sets_are_those_of_the_videos(done: tuple[Plan, Path]) -> None:
+    """Every video made again, and the measures of sets asked of the videos themselves."""
+    plan, out = done
+    report = json.loads((out / "report.json").read_text())
+    assert {entry["model"] for entry in report["sets"]} == {"teacher", "student"}
+    for entry in report["sets"]:
+        cells = [cell for cell in plan.cells if cell.model.name == entry["model"]]
+        maker = load_maker(cells[0])
+        videos = {cell.key: maker.make(cell).video for cell in cells}
+        scenes = {cell.prompt.identity: scene_of(cell.prompt.text) for cell in cells}
+        assert entry["videos"] == len(videos) == 4
+        assert entry["drift_ratio"] is None  # they are too short to have two ends
+        for identity, spread in entry["diversity_by_prompt"].items():
+            of_prompt = [videos[cell.key] for cell in cells if cell.prompt.identity == identity]
+            assert spread == pytest.approx(fidelity.diversity(of_prompt, scenes[identity]), abs=0.02)
+        assert entry["diversity"]["mean"] == pytest.approx(np.mean(list(entry["diversity_by_prompt"].values())))
+        renderings = [
+            render(scenes[cell.prompt.identity], rendering_seed(cell.prompt.text, cell.seed), cell.frames, size=64)
+            for cell in cells
+        ]
+        assert entry["frechet"] == pytest.approx(fidelity.frechet(videos.values(), renderings), rel=1e-3)
+    assert "Whole sets" in (out / "report.html").read_text()
+
+
+def test_a_causal_teacher_is_run_as_a_teacher_block_by_block(small_student: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "causal"
+    shutil.copytree(small_student, folder)
+    replace(StudentSettings.read(folder), sampling="many-step").write(folder)
+    plan = make_plan(sweep_of({"causal": folder}, teacher={"steps": [2], "guidance": [1.0, 3.0]}), "cpu", limit=1)
+    labels = ["2 steps, guidance 1, block by block", "2 steps, guidance 3, block by block"]
+    assert [cell.setting.label for cell in plan.cells] == labels
+    made = evaluate.make_here(plan, Storage.open(tmp_path / "out"), 1, CONSOLE)
+    assert made.failed == []
+    rows = [json.loads((tmp_path / "out/cells" / f"{cell.key}.json").read_text()) for cell in plan.cells]
+    assert [row["scores"]["speed"]["forwards_per_block"] for row in rows] == [3, 6]  # two steps and the clean pass
+
+
+def test_a_video_that_cannot_be_made_here_is_named_and_the_others_are_made(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, process = make_plan(sweep_of(models), "cpu", limit=1), Examiner.process
+
+    def broken(self: Examiner, cell: Any) -> Any:
+        if cell.model.name == "teacher":
+            raise ArithmeticError("no number")
+        return process(self, cell)
+
+    monkeypatch.setattr(Examiner, "process", broken)
+    made = evaluate.make_here(plan, Storage.open(tmp_path), 1, CONSOLE)
+    (line,) = made.failed
+    assert line.startswith("teacher, 1 step, guidance 5, seed 0")
+    assert line.endswith(": no number")
+    assert [cell.model.name for cell in evaluate.missing_cells(plan, Storage.open(tmp_path))] == ["teacher"]
 
 
 def test_drift_has_a_row_per_second(models: dict[str, Path], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import WanPipeline
+from PIL import Image
 from typer.testing import CliRunner
 
 from reelway.actors.encoder import vae_digest
@@ -19,7 +20,8 @@ from reelway.cluster.storage import Storage
 from reelway.kernels.sprites.captions import VOCABULARY
 from reelway.kernels.wan.text import TextEncoder
 from reelway.pipelines import pretrain as job
-from reelway.pipelines.pretraining import loop
+from reelway.pipelines.pretraining import loop, teacher
+from reelway.pipelines.pretraining.card import write_card
 from reelway.pipelines.pretraining.loop import read_curve
 from reelway.pipelines.recipe import FineTuneRecipe, PretrainRecipe, load_recipe
 
@@ -30,8 +32,7 @@ SMALL = [
     "pretrain.vae.network.base_dim=8",
     "pretrain.vae.phases=[{steps: 4, batch: 2, clip_frames: 5}, {steps: 2, batch: 1, clip_frames: 9}]",
     "pretrain.teacher.clips=6",
-    "pretrain.teacher.steps=6",
-    "pretrain.teacher.batch=4",
+    "pretrain.teacher.phases=[{steps: 4, batch: 4}, {steps: 3, batch: 2, lengths: [3, 1]}]",
 ]
 
 
@@ -54,7 +55,7 @@ def test_diffusers_pipeline_runs_the_model(run: Path) -> None:
 
 
 def test_curves_have_every_step(run: Path) -> None:
-    for stage, steps in (("vae-1", 4), ("vae-2", 2), ("teacher", 6)):
+    for stage, steps in (("vae-1", 4), ("vae-2", 2), ("teacher-1", 4), ("teacher-2", 3)):
         rows = read_curve(run / stage / "curve.jsonl")
         assert [row["step"] for row in rows] == list(range(steps))
         assert all(row["gradient_norm"] > 0 for row in rows)
@@ -82,7 +83,7 @@ def test_interrupted_run_ends_with_the_weights_of_the_undisturbed_one(
         with pytest.raises(KeyboardInterrupt):
             job.pretrain(recipe(), tmp_path / "run", stages=set(job.Stage))
     job.pretrain(recipe(), tmp_path / "run", stages=set(job.Stage))
-    for stage in ("vae-1", "vae-2", "teacher"):
+    for stage in ("vae-1", "vae-2", "teacher-1", "teacher-2"):
         saved, expected = (
             torch.load(folder / stage / "checkpoint.pt", weights_only=True)["learner"]["network"]
             for folder in (tmp_path / "run", run)
@@ -91,8 +92,8 @@ def test_interrupted_run_ends_with_the_weights_of_the_undisturbed_one(
 
 
 def test_another_recipe_is_refused_with_the_difference(run: Path) -> None:
-    with pytest.raises(ValueError, match=r"teacher\.batch is 4 there and 3 now"):
-        job.pretrain(recipe("pretrain.teacher.batch=3"), run, stages=set(job.Stage))
+    with pytest.raises(ValueError, match=r"teacher\.shift is 3.0 there and 2.0 now"):
+        job.pretrain(recipe("pretrain.teacher.shift=2.0"), run, stages=set(job.Stage))
 
 
 def test_a_given_vae_is_not_trained_again(run: Path, tmp_path: Path) -> None:
@@ -102,6 +103,33 @@ def test_a_given_vae_is_not_trained_again(run: Path, tmp_path: Path) -> None:
     weights = "diffusion_pytorch_model.safetensors"
     assert (tmp_path / "model/vae" / weights).read_bytes() == (run / "model/vae" / weights).read_bytes()
     assert not (tmp_path / "vae-1").exists()
+
+
+def test_short_clips_come_in_turn_and_no_clip_is_left_out() -> None:
+    chosen = recipe().teacher.phases[1]
+    portions = [teacher._portion(chosen, 3, step) for step in range(4)]
+    assert [length for length, _, _ in portions] == [3, 1, 3, 1]
+    assert [count for _, _, count in portions] == [2, 6, 2, 6]
+    assert [first for _, first, _ in portions] == [0, 2, 8, 10]
+    rows = torch.cat([teacher._rows(16, first, count, 0) for _, first, count in portions])
+    assert sorted(rows.tolist()) == list(range(16))
+
+
+def test_card_tells_how_the_model_was_made_and_what_it_scores(run: Path) -> None:
+    write_card(run, count=2, pictures=1, steps=2, guidance=1.0)
+    text = (run / "model" / "README.md").read_text()
+    scores = json.loads((run / "model" / "card" / "scores.json").read_text())["scores"]
+    assert f"| total | {scores['rendering']['total']:.3f} |" in text
+    assert scores["rendering"]["total"] > 0.95 > scores["teacher"]["total"]
+    assert "3 updates of 2 clips of 3, 1 latent frames in turn" in text
+    for picture in ("loss.png", "samples.png"):
+        assert f"(card/{picture})" in text
+        assert Image.open(run / "model" / "card" / picture).width > 300
+
+
+def test_card_of_an_unfinished_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="not a finished run"):
+        write_card(tmp_path, count=1, pictures=1, steps=1, guidance=1.0)
 
 
 def test_resolved_recipe_is_beside_the_result(run: Path) -> None:
@@ -115,8 +143,8 @@ def test_resolved_recipe_is_beside_the_result(run: Path) -> None:
     [
         (["--recipe", "none.yaml"], "no such file: none.yaml"),
         (
-            ["--recipe", str(RECIPE), "--set", "pretrain.teacher.batch=0"],
-            "pretrain.teacher.batch: Input should be",
+            ["--recipe", str(RECIPE), "--set", "pretrain.teacher.clips=0"],
+            "pretrain.teacher.clips: Input should be",
         ),
         (["--recipe", str(RECIPE), "--set", "pretrain.teacher.batches=2"], "Extra inputs are not permitted"),
         (["--recipe", str(RECIPE), "--set", "teacher"], "expected a.b=value, got 'teacher'"),

@@ -1,0 +1,67 @@
+"""A causal model of many steps: the teacher's sampler under the student's attention, block by block."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from ..kernels.causal.many_step import ManyStepGenerator
+from ..kernels.causal.student import StudentSettings
+from ..kernels.clips import Pixels
+from ..kernels.diffusion.noise import SampleKey
+from .pretraining import to_video
+from .teacher import Teacher
+
+
+class CausalTeacher:
+    """Streams clips: guided Euler steps for each block, which is decoded as it comes.
+
+    networks: text encoder, VAE and transformer, held as a teacher's are. autocast: run them in bfloat16.
+    """
+
+    def __init__(
+        self, networks: Teacher, settings: StudentSettings, *, negative_prompt: str = "", autocast: bool = True
+    ) -> None:
+        self.transformer = networks.transformer
+        self.encoder = networks.encoder
+        self.vae = networks.vae
+        self.shift = networks.shift
+        self.device = networks.device
+        self.settings = settings
+        self._autocast = autocast
+        self._negative = networks.encoder([negative_prompt])
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        folder: Path,
+        device: torch.device | str = "cpu",
+        *,
+        negative_prompt: str = "",
+        autocast: bool = True,
+    ) -> "CausalTeacher":
+        """Load the model folder of a causal teacher. FileNotFoundError or ValueError names what is missing or wrong."""
+        settings = StudentSettings.read(folder)
+        networks = Teacher.from_pretrained(folder, device, autocast=autocast)
+        return cls(networks, settings, negative_prompt=negative_prompt, autocast=autocast)
+
+    def stream(
+        self, prompt: str, key: SampleKey, size: tuple[int, int], grid: Sequence[float], guidance: float
+    ) -> Iterator[Pixels]:
+        """An endless video, a block's frames at a time: uint8 [T, H, W, 3] on the CPU.
+
+        size: latent height and width. grid: timesteps from 1000 down to 0. guidance: standard w.
+        """
+        with self._precision(), torch.no_grad():
+            text = self.encoder([prompt])
+            generator = ManyStepGenerator(
+                self.transformer, self.settings, text, self._negative, [key], size, grid, guidance
+            )
+        state = None
+        while True:
+            with self._precision(), torch.no_grad():
+                pixels, state = self.vae.decode(generator.next_block(), state)
+            yield to_video(pixels)[0].cpu().numpy()
+
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast)

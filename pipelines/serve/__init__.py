@@ -1,0 +1,1 @@
+"""A pool of workers that serves live streams: gateway, pool, workers, the state that outlives them."""
