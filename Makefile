@@ -11,7 +11,7 @@ export TOKENIZERS_PARALLELISM := false
 help:  ## Show this list.
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
 
-demo: .venv/ready  ## Stream a video and write it to demo/.
+demo: .venv/ready  ## The whole line, small, on this machine; then open demo/index.html.
 	$(BIN)/reelway demo
 
 test: .venv/ready lint  ## Lint, types, and every quick test.

@@ -93,8 +93,8 @@ def intro(figures: Figures) -> str:
     cores, steps = figures.protocol["cores"], figures.takes[TEACHER]["figures"]["steps"]
     return (
         f"Everything here was made on one machine in {_minutes(spent)}: {cores} cores, no GPU, no network. A teacher "
-        f"that takes {steps} steps with guidance for a clip; a causal student that makes the same kind of video block by "
-        "block, in a few steps, and can go on for as long as one likes."
+        f"that takes {steps} steps with guidance for a clip; a causal student that makes the same kind of video block "
+        "by block, in a few steps, and can go on for as long as one likes."
     )
 
 

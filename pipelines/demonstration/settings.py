@@ -29,12 +29,12 @@ class DemoRecipe(Strict):
     """
 
     seed: int = 0
-    level: Annotated[int, Field(ge=0, le=3)] = 2
+    level: Annotated[int, Field(ge=0, le=3)] = 1
     train_prompts: Positive = 64
     heldout_prompts: Positive = 12
     workers: Positive = 2
     teacher_steps: Positive = 50
-    guidance: Rate = 5.0
+    guidance: Rate = 3.0
     minute: Rate = 60.0
     noise: Share = 0.7
     blocks: Positive = 20

@@ -182,8 +182,10 @@ class LiveSession:
         await self._place()
         rate = stream.order.frame_rate
         assert rate is not None
+        # No farther than snapshots reach back; and so far that a viewer may say `seen` once per chunk.
         reach = self._config.models[stream.model].keep_every * stream.frames_per_chunk
-        self._unseen.most = min(self._config.limits.unseen_seconds * rate, reach)
+        wanted = min(self._config.limits.unseen_seconds * rate, reach)
+        self._unseen.most = max(2 * stream.frames_per_chunk, wanted)
         self._pace = Pace(rate, self._config.lead_seconds)
         height, width = stream.size
         self._encoder = await asyncio.to_thread(encoder, self._media, height, width, rate, self._quality)

@@ -224,11 +224,13 @@ class Viewer:
     async def _receive(self, socket: ClientConnection) -> None:
         """The next message, or what is due at this moment: to vanish, or to say goodbye."""
         left = min(self._end, self._vanish_at) - time.monotonic()
+        if left <= 0:  # even where messages wait
+            await self._leave(socket)
+            return
         try:
-            async with asyncio.timeout(max(0.0, left)):
+            async with asyncio.timeout(left):
                 message = await socket.recv()
         except TimeoutError:
-            await self._leave(socket)
             return
         if isinstance(message, bytes):
             self._media(message)
@@ -240,6 +242,7 @@ class Viewer:
     async def _leave(self, socket: ClientConnection) -> None:
         if self.ledger.kind == "vanishing":
             self._vanish_at = float("inf")
+            self._over = time.monotonic() >= self._end
             socket.transport.abort()
             await socket.wait_closed()
             return

@@ -27,7 +27,7 @@ from reelway.pipelines.serve.state import State
 from reelway.pipelines.serve.worker import StreamWorker
 
 SIZE = (32, 32)
-PATIENCE = 300.0  # seconds; the machine may be busy
+PATIENCE = 120.0  # seconds; the machine may be busy
 PROMPT = "a small red star drifts left"
 # So slow a stream is let in on any machine, however busy; the lead of the servers here makes nobody wait.
 START = {"type": "start", "version": 1, "prompt": PROMPT, "frame_rate": 0.1, "media": "jpeg", "quality": 100}
@@ -161,7 +161,11 @@ class LocalServer:
 
     def streams(self) -> int:
         """Streams that are open on workers."""
-        return sum(len(self.here(worker)) for worker in self.hands.workers if worker not in self.hands.killed)
+        return sum(len(self.here(worker)) for worker in self.workers())
+
+    def workers(self) -> list[StreamWorker]:
+        """Those that are ready."""
+        return [member.handle for member in self.pool.fleets["small"].of("ready")]
 
     def here(self, worker: StreamWorker) -> list[str]:
         """Streams that are open on a worker."""

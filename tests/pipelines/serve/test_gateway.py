@@ -267,7 +267,7 @@ def test_a_stream_outlives_its_worker(small_student: Path, tmp_path: Path, expec
             viewer.say(type="prompt", text=BLUE)
             shown = viewer.until("prompt")
             viewer.chunks(1)
-            (worker,) = [worker for worker in server.hands.workers if server.here(worker)]
+            (worker,) = [worker for worker in server.workers() if server.here(worker)]
             server.loop.call_soon_threadsafe(server.hands.kill, worker)
             moved = viewer.until("moved")
             viewer.chunks(2)

@@ -313,10 +313,17 @@ def test_queue_busy_and_key(server: StandIn, visit: Callable[..., Any]) -> None:
     sync_api.expect(card.locator(".notice")).to_have_text(re.compile("does not accept this key"))
     page.locator("#key").fill("right")
     page.locator("#key").press("Enter")
+    page.evaluate(
+        """() => {
+          const chip = document.querySelector(".chip-text");
+          window.said = [];
+          new MutationObserver(() => window.said.push(chip.textContent)).observe(chip, { childList: true });
+        }"""
+    )
     begin(card)
-    sync_api.expect(card.locator(".chip-text")).to_have_text("Waiting · number 2 in line")
-    sync_api.expect(card.locator(".chip-text")).to_have_text("Waiting · next in line")
     await_state(card, "live")
+    said = page.evaluate("window.said")
+    assert said[1:] == ["Waiting · number 2 in line", "Waiting · next in line", "First frame is being made", "Live"]
     assert page.evaluate("[sessionStorage.length, localStorage.length, document.cookie]") == [1, 0, ""]
     card.locator(".stop").click()
     server.queue, server.full = (), True
