@@ -203,8 +203,8 @@ def rollouts(demo: Demo, folder: Path, screen: Screen) -> Done:
 Inputs = Callable[[Demo], dict[str, Any]]
 
 
-def _inputs(*sections: str, models: tuple[str, ...] = (), sizes: tuple[str, ...] = ()) -> Inputs:
-    """What decides a stage: sections of the recipe, models, sizes of the demo, and the machine's kind."""
+def _inputs(*sections: str, models: tuple[str, ...] = (), sizes: tuple[str, ...] = (), judged: bool = False) -> Inputs:
+    """What decides a stage: sections of the recipe, models, sizes of the demo, the machine's kind, and the judge."""
 
     def inputs(demo: Demo) -> dict[str, Any]:
         base = demo.base.model_dump(mode="json")
@@ -212,7 +212,7 @@ def _inputs(*sections: str, models: tuple[str, ...] = (), sizes: tuple[str, ...]
             "base": {name: base[name] for name in ("clip", *sections)},
             "demo": {name: getattr(demo.recipe, name) for name in ("seed", "level", *sizes)},
             "prints": {name: demo.prints[name] for name in (*models, "torch", "device")},
-            "judge": judge.VERSION,
+            "judge": judge.VERSION if judged else None,
         }
 
     return inputs
@@ -249,7 +249,7 @@ STAGES = (
         EVALUATE,
         "teacher, fresh student and shipped student on held-out prompts, graded by the oracle",
         evaluate,
-        _inputs(models=("teacher", "student"), sizes=TEACHER_SIZES),
+        _inputs(models=("teacher", "student"), sizes=TEACHER_SIZES, judged=True),
         (PROMPTS, DISTILL),
         on_ray=True,
     ),
@@ -263,7 +263,7 @@ STAGES = (
         ROLLOUTS,
         "the shipped student: a clip, a long stream, from an image, from a video, a prompt switch",
         rollouts,
-        _inputs(models=("teacher", "student"), sizes=(*TEACHER_SIZES, "minute", "noise")),
+        _inputs(models=("teacher", "student"), sizes=(*TEACHER_SIZES, "minute", "noise"), judged=True),
         (PROMPTS,),
     ),
 )

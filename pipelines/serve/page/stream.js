@@ -305,7 +305,7 @@ export class StreamCard {
       media: () => this.#media(detail),
       chunk: () => this.#chunk(detail),
       prompt: () => this.#turned(detail),
-      moved: () => this.#notice(`Moved to another worker in ${short(detail.seconds)}. No frame is lost.`, "calm"),
+      moved: () => this.#moved(detail),
       due: () => this.#sender?.due(detail),
       error: () => detail.recoverable && this.#notice(detail.message),
       closed: () => this.#closed(detail),
@@ -317,6 +317,13 @@ export class StreamCard {
     this.#figures.interrupt();
     this.#show("lost", `Connection lost · try ${attempt} in ${short(delay / 1000)}`);
     if (message) this.#notice(message);
+  }
+
+  /** It was live before, unless it waited in the queue once more. */
+  #moved({ seconds }) {
+    this.#figures.interrupt();
+    this.#show(this.#session.paused ? "paused" : "live");
+    this.#notice(`Moved to another worker in ${short(seconds)}. No frame is lost.`, "calm");
   }
 
   #queued({ position }) {
