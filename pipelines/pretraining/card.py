@@ -113,9 +113,10 @@ ground, as a caption says. It exists so that every stage of Reelway can be run, 
 
 ```python
 from diffusers import WanPipeline
+
 pipeline = WanPipeline.from_pretrained("assets/tiny")
-video = pipeline("a small red star drifts left over a navy background",
-                 height={size}, width={size}, num_frames={frames}, guidance_scale={guidance}).frames[0]
+prompt = "a small red star drifts left over a navy background"
+video = pipeline(prompt, height={size}, width={size}, num_frames={frames}, guidance_scale={guidance}).frames[0]
 ```
 
 ## How it was made

@@ -367,7 +367,7 @@ class _Served(Pool):
 
 def pool_application(models: Mapping[str, FleetSettings]) -> serve.Application:
     """The pool as an application of Ray Serve, to be bound to gateways or run by itself."""
-    deployment = serve.deployment(_Served, name="Pool").options(
-        num_replicas=1, max_ongoing_requests=100_000, ray_actor_options={"num_cpus": 0}
+    deployed = serve.deployment(
+        name="Pool", num_replicas=1, max_ongoing_requests=100_000, ray_actor_options={"num_cpus": 0}
     )
-    return deployment.bind(dict(models))
+    return deployed(_Served).bind(dict(models))

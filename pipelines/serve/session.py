@@ -289,6 +289,7 @@ class LiveSession:
         assert self._encoder is not None
         first = max(piece.first, self._stream.next)
         frames = piece.frames[first - piece.first :][: self._room()]
+        assert len(frames), "pieces that the viewer has, or that a prompt made void, were dropped before"
         key = False
         if self._chunk is None or self._chunk.index != piece.chunk:
             self._chunk, key = ChunkLog(piece, first), True

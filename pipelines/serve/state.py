@@ -200,7 +200,14 @@ class Keeper:
         self._waiting: dict[str, Snapshot] = {}
         self._changed = threading.Condition()
         self._stopped = False
-        self._figures = {"written": 0, "passed_over": 0, "failed": 0, "bytes": 0, "seconds": 0.0, "error": ""}
+        self._figures: dict[str, Any] = {
+            "written": 0,
+            "passed_over": 0,
+            "failed": 0,
+            "bytes": 0,
+            "seconds": 0.0,
+            "error": "",
+        }
         self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
         self._thread.start()
 

@@ -17,7 +17,7 @@ def reelway(*arguments: str) -> subprocess.CompletedProcess[str]:
         (["nope"], "No such command 'nope'."),
         (["--nope"], "No such option: --nope"),
         (["sprites", "nope"], "No such command 'nope'."),
-        (["demo", "--blocks", "0"], "'--blocks'"),
+        (["demo", "--recipe", "nope.yaml"], "--recipe: no such file"),
         (["sprites", "grade"], "Missing argument"),
         (["bench", "--config", "nope"], "--config: must be one of tiny"),
     ],

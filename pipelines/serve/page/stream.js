@@ -322,7 +322,7 @@ export class StreamCard {
   /** It was live before, unless it waited in the queue once more. */
   #moved({ seconds }) {
     this.#figures.interrupt();
-    this.#show(this.#session.paused ? "paused" : "live");
+    this.#showRunning();
     this.#notice(`Moved to another worker in ${short(seconds)}. No frame is lost.`, "calm");
   }
 
@@ -336,7 +336,7 @@ export class StreamCard {
     this.#format = format;
     if (!first) {
       this.#notice("");
-      this.#show(this.#session.paused ? "paused" : "live");
+      this.#showRunning();
       return;
     }
     this.part("screen").style.setProperty("--shape", `${format.width} / ${format.height}`); // of a narrow page's screen
@@ -412,6 +412,12 @@ export class StreamCard {
     this.part("stop").disabled = !running;
     this.part("pause").disabled = state !== "live" && state !== "paused";
     this.part("pause").textContent = state === "paused" ? "Resume" : "Pause";
+  }
+
+  /** The stream has a worker (again). */
+  #showRunning() {
+    const begun = this.#figures.first !== null;
+    this.#show(this.#session.paused ? "paused" : begun ? "live" : "starting");
   }
 
   #notice(text, kind = "plain") {

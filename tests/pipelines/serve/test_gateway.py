@@ -125,6 +125,27 @@ def test_a_prompt_is_seen_from_the_next_block_on(server: LocalServer) -> None:
     assert found["reelway_first_frame_seconds_count"] >= 1
 
 
+def test_what_waits_of_the_old_prompt_is_dropped(small_student: Path, tmp_path: Path) -> None:
+    """The first five frames go out at once, the next ones a while later: by then they are of the new prompt."""
+    with LocalServer(small_student, tmp_path, lead_seconds=6.0) as server, server.viewer() as viewer:
+        viewer.start(frame_rate=0.5, media="mp4")
+        server.wait_until(lambda: figures(server)["reelway_frames_total"] == 5)
+        viewer.say(type="prompt", text=BLUE)
+        shown = viewer.until("prompt")
+        assert shown["flushed"] == shown["frame"] - 5 >= FIRST - 5
+        assert viewer.until("chunk")["first"] == shown["frame"]
+        assert [first for kind, first, _ in viewer.media if kind != INIT] == [
+            0,
+            1,
+            *(shown["frame"] + 4 * i for i in range(3)),
+        ]
+        assert figures(server)["reelway_frames_flushed_total"] == shown["flushed"]
+        with av.open(io.BytesIO(b"".join(payload for _, _, payload in viewer.media))) as container:
+            frames = list(container.decode(video=0))
+        assert [frame.pts * frame.time_base for frame in frames] == [2 * index for index in range(17)]
+        assert [index for index, frame in enumerate(frames) if frame.key_frame] == [0, 5]
+
+
 def test_many_prompts_at_once_are_one_and_too_many_are_refused(server: LocalServer) -> None:
     with server.viewer() as viewer:
         viewer.start()

@@ -82,6 +82,7 @@ def test_sessions_are_counted_for_each_key() -> None:
         assert caught.value.code == "too_many_sessions"
     with limits.session("a"), limits.session("a"):
         pass
+    assert not limits._open  # nothing is kept of those who have left
 
 
 def test_requests_are_counted_for_each_key() -> None:

@@ -19,6 +19,7 @@ from reelway.pipelines.serve.load import Report, app, make_crew, make_report, qu
 from reelway.pipelines.serve.media import encoder
 from reelway.pipelines.serve.viewers import Kind, Ledger, Plan, frames_in
 
+from .serving import LocalServer
 from .stand_in import SIDE, StandIn
 
 PROMPTS = ("a large red circle circling fast on black", "a big yellow star bouncing slowly on navy")
@@ -30,7 +31,7 @@ def server() -> Iterator[StandIn]:
         yield running
 
 
-def play(server: StandIn, viewers: int = 1, seconds: float = 2.0, **options: Any) -> Report:
+def play(server: StandIn | LocalServer, viewers: int = 1, seconds: float = 2.0, **options: Any) -> Report:
     """Let viewers watch, and their report. Buffers are large: other tests may take this machine's time."""
     kinds = {name: options.pop(name, 0) for name in ("slow", "vanish", "garbage")}
     options = {"prompts": PROMPTS, "start_buffer": 3.0, **options}
@@ -101,6 +102,18 @@ def test_queued_and_refused(server: StandIn) -> None:
     server.full = True
     report = play(server, 2, 1.0)
     assert report["refused"] == ["2 of 2 sessions are taken"] * 2
+
+
+def test_the_real_server_loses_nothing(small_student: Path, tmp_path: Path) -> None:
+    """New prompts, sockets that are cut, and garbage, at a pace that a busy machine can keep."""
+    with LocalServer(small_student, tmp_path / "state", model={"load": 1.0}) as real:
+        options = {"frame_rate": 4.0, "switch_every": 1.5, "start_buffer": 10.0}
+        report = play(real, 3, 6.0, vanish=1, garbage=1, **options)
+    assert report["frames"]["lost"] == report["frames"]["doubled"] == 0
+    assert report["frames"]["received"] > 20
+    assert report["prompt_to_frame"]["count"] >= 1
+    assert report["reconnects"]["count"] >= 1
+    assert report["garbage"]["unanswered"] == []
 
 
 def ledger(kind: Kind = "steady") -> Ledger:
@@ -191,12 +204,12 @@ def test_lost_frames_are_exit_code_1(server: StandIn) -> None:
 def test_mistakes_are_one_line(server: StandIn, tmp_path: Path) -> None:
     server.key = "right"
     mistakes = {
-        ("http://127.0.0.1:9", "--seconds", "1"): "cannot be reached",
+        ("http://127.0.0.1:9", "--seconds", "9"): "cannot be reached",
         ("127.0.0.1:8000",): "must be the address of a server",
         (server.url, "--viewers", "2", "--slow", "3"): "--viewers: 2 cannot be 3 slow",
         (server.url, "--json", str(tmp_path / "no" / "report.json")): "--json: no such folder",
         (server.url, "--media", "gif"): "--media: must be mp4 or jpeg",
-        (server.url, "--key", "wrong", "--seconds", "1"): "wrong_key",
+        (server.url, "--key", "wrong", "--seconds", "9"): "wrong_key",
         (server.url, "--prompts", str(tmp_path / "none.txt")): "--prompts: no such file",
     }
     for arguments, words in mistakes.items():

@@ -550,7 +550,8 @@ def greatest_difference(viewers: list[Viewer], folder: Path) -> int:
     """Grey levels between what viewers saw and the undisturbed streams, each made alone."""
     student, worst = Student.from_pretrained(folder), 0
     for viewer in viewers:
-        with student.open(PROMPT, viewer.order.seed, height=32, width=32) as stream:
+        size = {"height": viewer.order.height, "width": viewer.order.width}
+        with student.open(PROMPT, viewer.order.seed, **size) as stream:
             expected: list[np.ndarray] = []
             while len(expected) < len(viewer.frames):
                 expected += list(stream.next_chunk())
@@ -620,48 +621,47 @@ def deployed(ray_session: Session, small_student: Path, tmp_path: Path) -> Itera
 def test_streams_outlive_their_killed_workers(
     ray_session: Session, small_student: Path, tmp_path: Path, kills: int, record_property: Callable[..., None]
 ) -> None:
-    """Four live streams on two workers, of which the fuller one is killed; then one stream that is alone."""
+    """Four live streams that share batches, and one of another size, which is alone in its own; two workers."""
 
     async def kill(pool: Pool, viewers: list[Viewer], tasks: "list[asyncio.Task[None]]") -> None:
         fleet = pool.fleets[MODEL]
         await until(lambda: len(fleet.of("ready")) == 2, 400)
         await seen_by_all(viewers, tasks, 15)
-        places = [viewer.places[-1] for viewer in viewers]
-        victim = max(set(places), key=places.count)
-        member = fleet.members[victim]
-        assert member.info is not None
-        os.kill(member.info.pid, signal.SIGKILL)
+        victim = viewers[-1].places[-1]
+        info = fleet.members[victim].info
+        assert info is not None
+        os.kill(info.pid, signal.SIGKILL)
         await until(lambda: all(viewer.places[-1] != victim for viewer in viewers), 400)
         await seen_by_all(viewers, tasks, 1)
 
-    async def run() -> tuple[list[Viewer], list[Viewer]]:
+    async def run() -> list[Viewer]:
         pool = Pool({MODEL: settings(small_student, tmp_path, min_workers=2, max_workers=2)}, RayHands())
         pool.begin()
         try:
-            together, tasks = crowd(pool, 4)
+            viewers, tasks = crowd(pool, 4)
+            viewers.append(Viewer(pool, order("alone", height=48, frame_rate=0.5)))
+            tasks.append(asyncio.create_task(viewers[-1].watch()))
             for _ in range(kills):
-                await kill(pool, together, tasks)
-            await finish(together, tasks, 12)
-            alone, tasks = crowd(pool, 1)
-            await kill(pool, alone, tasks)
-            await finish(alone, tasks, 12)
-            assert (await pool.status())[MODEL]["counts"]["died"] == kills + 1
+                await kill(pool, viewers, tasks)
+            await finish(viewers, tasks, 12)
+            assert (await pool.status())[MODEL]["counts"]["died"] == kills
         finally:
             await pool.stop()
-        return together, alone
+        return viewers
 
-    together, alone = asyncio.run(run())
-    assert greatest_difference(alone, small_student) == 0
+    *together, alone = asyncio.run(run())
+    assert greatest_difference([alone], small_student) == 0
     difference = greatest_difference(together, small_student)
-    longest = max(viewer.longest for viewer in (*together, *alone))
+    longest = max(viewer.longest for viewer in (*together, alone))
     record_property("grey_levels", difference)
     record_property("longest_gap_seconds", longest)
-    print(f"kills {kills + 1}: greatest difference {difference} of 256, longest gap {longest:.1f} s")
+    print(f"{kills} kills: greatest difference {difference} of 256, longest gap {longest:.1f} s")
     assert difference <= LEVEL
+    assert kills == 1 or longest <= 15
 
 
 def test_a_pool_on_ray_serve_owns_its_workers(deployed: Any) -> None:
-    """Gateways call the workers themselves; a dead one is replaced; all end with the pool."""
+    """Gateways call the workers themselves; all end with the pool."""
 
     async def placed_there() -> Placed:
         ticket = None
@@ -673,23 +673,19 @@ def test_a_pool_on_ray_serve_owns_its_workers(deployed: Any) -> None:
             ticket = answer.ticket
             await asyncio.sleep(0.2)
 
-    async def replaced() -> int:
-        while True:
-            [model] = await deployed.models.remote()
-            if model["ready"] and (await deployed.status.remote())[MODEL]["counts"]["died"] == 1:
-                return int(model["info"].pid)
-            await asyncio.sleep(0.2)
-
     async def run() -> int:
         answer = await asyncio.wait_for(placed_there(), 400)
-        taken = await ask(answer.worker, "take", "one", 0, 10.0)
-        assert [piece.first for piece in taken.pieces][:1] in ([0], [])
+        frames, pieces = 0, []
+        while frames < 9:
+            pieces += (await ask(answer.worker, "take", "one", frames, 10.0)).pieces
+            frames = pieces[-1].end if pieces else 0
+        assert pieces[0].first == 0
         with pytest.raises(ValueError, match=r"^stream nobody: not on worker tiny-"):
             await ask(answer.worker, "take", "nobody", 0)
-        os.kill(answer.info.pid, signal.SIGKILL)
-        with pytest.raises(WorkerGone):
-            await ask(answer.worker, "take", "one", 0, 10.0)
-        return await asyncio.wait_for(replaced(), 400)
+        [model] = await deployed.models.remote()
+        assert (model["id"], model["ready"], model["info"].pid) == (MODEL, 1, answer.info.pid)
+        assert (await deployed.status.remote())[MODEL]["counts"]["placed"] == 1
+        return answer.info.pid
 
     pid = asyncio.run(run())
     from ray import serve
