@@ -78,6 +78,9 @@ class RayBackend:
         return await ask(worker, method, *arguments)
 
 
+_late: Final[set["asyncio.Future[None]"]] = set()  # answers that nobody waits for any more
+
+
 class Gone(RuntimeError):
     """The stream is no longer on its worker: place it again."""
 
@@ -128,7 +131,7 @@ class PlacedStream:
         ticket: str | None = None
         self._placed = None
         while True:
-            answer = await self._backend.place(self.model, self.order, ticket, self.turns, self.next)
+            answer = await self._ask(ticket)
             if isinstance(answer, Placed):
                 self._placed = answer
                 return
@@ -137,6 +140,24 @@ class PlacedStream:
             ticket = answer.ticket or None
             await waiting(answer.position)
             await asyncio.sleep(ASK_AGAIN)
+
+    async def _ask(self, ticket: str | None) -> Placed | Waiting | Refused:
+        """One question to the pool. Who gives up while it is under way gives back what the answer may bring."""
+        asking = asyncio.ensure_future(
+            self._backend.place(self.model, self.order, ticket, tuple(self.turns), self.next)
+        )
+        try:
+            return await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            late = asyncio.ensure_future(self._give_back(asking))
+            _late.add(late)
+            late.add_done_callback(_late.discard)
+            raise
+
+    async def _give_back(self, asking: "asyncio.Future[Placed | Waiting | Refused]") -> None:
+        await asyncio.wait({asking})
+        if not asking.cancelled() and asking.exception() is None:
+            await self.free()
 
     async def take(self, wait: float) -> Any:
         """What `Scheduler.take` gives from `next` on. Gone where the stream has left its worker."""

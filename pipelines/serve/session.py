@@ -393,7 +393,8 @@ class LiveSession:
         if now - self._still_since > limit:
             why = "paused" if self._paused else "nothing was seen"
             raise self._end(f"idle: {why} for {limit:g} s", "idle")
-        await self._change(min(HOLD, limit - (now - self._still_since) + 0.01))
+        left = self._config.limits.session_seconds - (time.time() - self._opened.record.begun)
+        await self._change(max(0.0, min(HOLD, left, limit - (now - self._still_since))) + 0.01)
 
     async def _go_on(self) -> None:
         await self._stream.call("resume")

@@ -40,6 +40,7 @@ class Hands:
         self.killed: set[Any] = set()
         self.workers: list[StreamWorker] = []
         self._ending: set[asyncio.Task[None]] = set()
+        self._loading = asyncio.Lock()
 
     def start(self, worker: str, model: str, settings: FleetSettings) -> StreamWorker:
         self.workers.append(StreamWorker(worker, model, settings.worker))
@@ -48,7 +49,8 @@ class Hands:
     async def call(self, handle: Any, method: str, *arguments: Any) -> Any:
         if handle in self.killed:
             raise WorkerGone("killed by the test")
-        result = await getattr(handle, method)(*arguments)
+        async with self._loading if method == "ready" else contextlib.nullcontext():  # transformers loads one at a time
+            result = await getattr(handle, method)(*arguments)
         if handle in self.killed:
             raise WorkerGone("killed by the test")
         return result
@@ -180,6 +182,7 @@ class LocalServer:
             subprotocols=list(subprotocols),  # type: ignore[arg-type]
             additional_headers=headers | named.pop("headers", {}),
             max_size=None,
+            close_timeout=0.5,  # a socket with unread messages does not hear the other side's goodbye
             **named,
         )
         return Viewer(socket)
@@ -225,6 +228,14 @@ class Viewer:
             if record["type"] == "chunk" and self.attentive:
                 self.say(type="seen", frame=record["first"] + record["frames"])
             return record
+
+    def more_media(self) -> tuple[int, int, bytes]:
+        """The next binary message: kind, first frame, payload."""
+        count = len(self.media)
+        while len(self.media) == count:
+            with contextlib.suppress(TimeoutError):
+                self.hear(0.05)
+        return self.media[count]
 
     def linger(self, seconds: float) -> None:
         """Read until nothing has come for so long."""

@@ -583,6 +583,7 @@ async def finish(viewers: list[Viewer], tasks: "list[asyncio.Task[None]]", more:
     await asyncio.wait_for(asyncio.gather(*tasks), 400)
 
 
+@pytest.mark.slow
 def test_drain_and_upgrade_under_load_lose_no_frame(small_student: Path, tmp_path: Path) -> None:
     async def run() -> list[Viewer]:
         pool = Pool({MODEL: settings(small_student, tmp_path, min_workers=1, max_workers=2)}, LocalHands())

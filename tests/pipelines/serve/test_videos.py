@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from serving import PATIENCE, PROMPT, LocalServer
 
 openai = pytest.importorskip("openai")
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
 
 
 @pytest.fixture(scope="module")
