@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from reelway.actors.generator import Student
 from reelway.actors.scheduler import Busy, StreamOrder, Turn
@@ -548,6 +549,7 @@ def settings(folder: Path, state: Path, **changes: Any) -> FleetSettings:
 
 def greatest_difference(viewers: list[Viewer], folder: Path) -> int:
     """Grey levels between what viewers saw and the undisturbed streams, each made alone."""
+    torch.set_num_threads(1)  # as the workers: the number of threads changes the last bits
     student, worst = Student.from_pretrained(folder), 0
     for viewer in viewers:
         size = {"height": viewer.order.height, "width": viewer.order.width}
