@@ -254,10 +254,10 @@ class Viewer:
         return [self.until("chunk") for _ in range(count)]
 
     def rest(self) -> list[dict[str, Any]]:
-        """All records up to the close."""
-        begin = len(self.records)
+        """All records up to the close, which must come."""
+        begin, until = len(self.records), time.monotonic() + PATIENCE
         while self.hear() is not None:
-            pass
+            assert time.monotonic() < until, self.records[begin:][:3]
         return self.records[begin:]
 
     def close(self) -> None:
