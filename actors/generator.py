@@ -22,12 +22,11 @@ from ..kernels.wan.text import TextEncoder
 from ..kernels.wan.transformer import VideoTransformer
 from ..kernels.wan.vae import StreamingVAE
 from ..kernels.wan.weights import load_into, read_transformer
+from .modes import MODES, Mode
 from .pretraining import to_pixels
 from .streams import (
     CLIP_LATENTS,
-    MODES,
     SNAPSHOT_VERSION,
-    Mode,
     Redraw,
     Snapshot,
     Stream,

@@ -15,7 +15,8 @@ import numpy as np
 
 from ..kernels.clips import Pixels
 from .admission import Held
-from .streams import Mode, Redraw, Stream, StreamPlan
+from .modes import Mode
+from .streams import Redraw, Stream, StreamPlan
 from .timeline import Layout, Playback, Turn, Turns
 
 State = Literal["running", "ended", "failed"]

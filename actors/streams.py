@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 import numpy as np
 import torch
@@ -27,13 +27,12 @@ from ..kernels.causal.generator import ChunkGenerator, append_blocks, next_block
 from ..kernels.clips import Pixels
 from ..kernels.diffusion.noise import SampleKey
 from ..kernels.wan.vae import VAEState
+from .modes import Mode
 from .pretraining import to_pixels, to_video
 
 if TYPE_CHECKING:
     from .generator import Student
 
-Mode = Literal["rolling", "overlap"]
-MODES: Final = ("rolling", "overlap")
 CLIP_LATENTS: Final = 21  # latent frames of the clips that Wan2.1 was trained on: 81 frames, 5 seconds
 SNAPSHOT_VERSION: Final = 1
 NAME: Final = "reelway.stream"  # of the JSON in a snapshot's file

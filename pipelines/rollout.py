@@ -11,7 +11,8 @@ from rich.console import Console
 
 from ..actors.bench_device import DTYPES, find_device
 from ..actors.bench_report import FRAME_RATE
-from ..actors.streams import CLIP_LATENTS, MODES, Mode, Redraw
+from ..actors.modes import MODES, Mode
+from ..actors.streams import CLIP_LATENTS, Redraw
 from ..kernels.causal.student import StudentSettings
 from ..kernels.diffusion.schedule import timesteps
 from .rollout_single import Order, Plan, run

@@ -20,7 +20,8 @@ from rich.console import Console
 from ..actors.bench_device import MemoryMeter, describe_device, versions
 from ..actors.bench_report import FRAME_RATE
 from ..actors.generator import Student
-from ..actors.streams import Mode, Redraw, Stream, overlapped
+from ..actors.modes import Mode
+from ..actors.streams import Redraw, Stream, overlapped
 from ..kernels.causal.student import StudentSettings
 from ..kernels.clips import Pixels
 from .rollout_meter import Meter

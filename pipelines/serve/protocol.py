@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, TypeAdapter, ValidationError
 
-from ...actors.streams import Mode
+from ...actors.modes import Mode
 
 VERSION: Final = 1
 SUBPROTOCOL: Final = "reelway.v1"

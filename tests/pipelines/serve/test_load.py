@@ -3,6 +3,8 @@
 import asyncio
 import io
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -194,6 +196,16 @@ def test_the_command_prints_and_writes_the_report(server: StandIn, tmp_path: Pat
     assert report["frames"]["lost"] == 0
     assert report["frames"]["received"] > 0
     assert "time to first frame" in result.output
+
+
+def test_it_starts_without_any_model_library() -> None:
+    """Viewers need the messages, and prompts; not torch, which takes seconds to import."""
+    code = (
+        "import sys; from reelway.pipelines.serve.load import _read_prompts; assert _read_prompts(None, 0); "
+        "print(*{'torch', 'diffusers', 'transformers', 'ray'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=100)
+    assert done.stdout.split() == []
 
 
 def test_lost_frames_are_exit_code_1(server: StandIn) -> None:
