@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 THETA = 10000.0
+TABLES_KEPT = 8  # the passes of a block share one, and a stream never comes back to one
 
 
 def frequencies(channels: int) -> Tensor:
@@ -25,21 +26,26 @@ def rotary_table(
     return _table(tuple(positions.tolist()), height, width, dims, device)
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=TABLES_KEPT)
 def _table(
     positions: tuple[float, ...], height: int, width: int, dims: tuple[int, int, int], device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    axes = (torch.tensor(positions, dtype=torch.float64), torch.arange(height), torch.arange(width))
-    time, row, column = (torch.outer(axis.double(), frequencies(dim)) for axis, dim in zip(axes, dims, strict=True))
-    shape = (len(positions), height, width)
-    angles = torch.cat(
-        (
-            time[:, None, None].expand(*shape, -1),
-            row[None, :, None].expand(*shape, -1),
-            column[None, None, :].expand(*shape, -1),
-        ),
-        dim=-1,
-    ).flatten(0, 2)
+    angles = torch.outer(torch.tensor(positions, dtype=torch.float64), frequencies(dims[0]))
+    in_time = (angles.cos().float().to(device), angles.sin().float().to(device))
+    cos, sin = (
+        torch.cat((part[:, None].expand(-1, len(still), -1), still.expand(len(part), -1, -1)), dim=-1).flatten(0, 1)
+        for part, still in zip(in_time, _frame_table(height, width, dims, device), strict=True)
+    )
+    return cos, sin
+
+
+@lru_cache(maxsize=TABLES_KEPT)
+def _frame_table(height: int, width: int, dims: tuple[int, int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of the turns by row and column, each [height · width, K_hw / 2]: the same in every frame."""
+    axes = zip((torch.arange(height), torch.arange(width)), dims[1:], strict=True)
+    row, column = (torch.outer(axis.double(), frequencies(dim)) for axis, dim in axes)
+    parts = (row[:, None].expand(-1, width, -1), column[None].expand(height, -1, -1))
+    angles = torch.cat(parts, dim=-1).flatten(0, 1)
     return angles.cos().float().to(device), angles.sin().float().to(device)
 
 
