@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from functools import cache
 from itertools import combinations, pairwise
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
+import pyarrow.compute
 import torch
 from torch import Tensor
 
@@ -24,10 +25,10 @@ from ..kernels.diffusion.noise import SampleKey, draw_noise
 from ..kernels.diffusion.sampler import euler_trajectory
 from ..kernels.diffusion.schedule import MAX_TIMESTEP, uniform_timesteps
 from ..kernels.wan.config import TEXT_LENGTH
-from ..kernels.wan.vae import StreamingVAE
 from .model_files import velocity_digest
-from .pretraining import to_video
-from .teacher import Teacher
+
+if TYPE_CHECKING:
+    from ..kernels.wan.vae import StreamingVAE
 
 SAMPLE_FORMAT: Final = 1  # raised when the fields of a sample, or what they mean, change
 TRAJECTORY, PROMPT, META, TEXT = "trajectory.safetensors", "prompt.txt", "meta.json", "text.safetensors"
@@ -116,6 +117,8 @@ class TrajectoryWorker:
     # A pool's worker is one logical teacher. One that is too large for a device would be this same class in rank 0,
     # with a `Teacher` whose velocity runs on further ranks: plan, noise, batches and writing stay as they are.
     def __init__(self, teacher: Path, out: Storage, settings: TrajectorySettings) -> None:
+        from .teacher import Teacher  # with its libraries 0.3 GB and seconds, which a job's driver does without
+
         torch.set_num_threads(settings.threads)
         _must_agree("device", device_kind(settings.device), settings.device_kind)
         _must_agree("torch", torch.__version__, settings.torch_version)
@@ -226,15 +229,16 @@ def shard_bytes(settings: TrajectorySettings, shard: ShardPlan, text_rows: Mappi
     text_rows: rows of each prompt's embedding, if embeddings are stored; a prompt that is not there counts with the
     largest number, and the result is then an upper bound.
     """
-    size = 2 * TAR_BLOCK
-    latents = _tensor_bytes("latents", (len(settings.record), *settings.shape), settings.dtype)
-    for item in shard.items.to_pylist():
-        members = [latents, len(encode_field(PROMPT, item["prompt"])), len(encode_field(META, settings.meta(item)))]
-        if settings.text_dim is not None:
-            rows = text_rows.get(item["prompt"], TEXT_LENGTH)
-            members.append(_tensor_bytes("rows", (rows, settings.text_dim), settings.dtype))
-        size += sum(TAR_BLOCK + member + -member % TAR_BLOCK for member in members)
-    return size
+    prompts, samples = shard.items.column("prompt"), shard.items.column("sample").to_numpy()
+    sizes = [np.full(len(samples), _tensor_bytes("latents", (len(settings.record), *settings.shape), settings.dtype))]
+    sizes.append(pyarrow.compute.binary_length(prompts).to_numpy().astype(np.int64))
+    numbers, place = np.unique(samples, return_inverse=True)
+    sizes.append(np.array([len(encode_field(META, settings.meta({"sample": int(n)}))) for n in numbers])[place])
+    if settings.text_dim is not None:
+        rows = [text_rows.get(prompt, TEXT_LENGTH) for prompt in prompts.to_pylist()]
+        sizes.append(np.array([_tensor_bytes("rows", (count, settings.text_dim), settings.dtype) for count in rows]))
+    members = np.stack(sizes)
+    return int((TAR_BLOCK + members + -members % TAR_BLOCK).sum()) + 2 * TAR_BLOCK
 
 
 @cache
@@ -284,8 +288,10 @@ def equal_ends(ends: Sequence[tuple[str, str, Tensor]]) -> list[str]:
     ]
 
 
-def decode_end(vae: StreamingVAE, end: Tensor) -> np.ndarray:
+def decode_end(vae: "StreamingVAE", end: Tensor) -> np.ndarray:
     """The clean end [F, C, H, W] of a path as a video: uint8 [T, height, width, 3]."""
+    from .pretraining import to_video
+
     with torch.no_grad():
         pixels, _ = vae.decode(end[None].float())
     return to_video(pixels)[0].numpy()

@@ -138,7 +138,10 @@ def plan(items: pyarrow.Table | Iterable[str], per_shard: int, fingerprint: str)
     _check_keys(table.column("key"))
     order = pyarrow.table({"shard": numpy.arange(table.num_rows) // per_shard, "key": table.column("key")})
     by_shard_and_key = [("shard", "ascending"), ("key", "ascending")]
-    table = table.take(pyarrow.compute.sort_indices(order, sort_keys=by_shard_and_key)).combine_chunks()
+    places = pyarrow.compute.sort_indices(order, sort_keys=by_shard_and_key).to_numpy()
+    if not numpy.array_equal(places, numpy.arange(table.num_rows)):  # in order already: a copy is saved
+        table = table.take(places)
+    table = table.combine_chunks()
     slices = [table.slice(start, per_shard) for start in range(0, table.num_rows, per_shard)]
     return [ShardPlan(i, part, _fingerprint(fingerprint, part)) for i, part in enumerate(slices)]
 

@@ -1,8 +1,9 @@
 """Prompts: from a text file, a table (CSV, JSONL, Parquet), or a folder of such files."""
 
 import csv
+import hashlib
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -13,6 +14,7 @@ import pyarrow.parquet as pq
 from .captions import CAPTION_COLUMNS
 
 COLUMNS: Final = ("prompt", *(name for name in CAPTION_COLUMNS if name != "prompt"))
+PART: Final = 4096  # prompts that are in memory a second time, as JSON
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,23 @@ def unique(records: Iterable[_Record]) -> Prompts:
     return Prompts(tuple(texts), duplicates, tuple(problems))
 
 
+def packed(texts: Sequence[str] | pa.Array) -> pa.Array:
+    """Prompts as an Arrow array; one that is such an array already is not copied."""
+    return pa.array(texts, pa.large_string())
+
+
+def identity(texts: Sequence[str] | pa.Array) -> str:
+    """Sixteen hexadecimal digits that differ when any prompt does: `recipe.fingerprint` of {"prompts": texts}, for a
+    million of them without the whole JSON in memory.
+    """
+    content, array = hashlib.sha256(b'{"prompts": ['), packed(texts)
+    for start in range(0, len(array), PART):
+        part = json.dumps(array.slice(start, PART).to_pylist())[1:-1]
+        content.update(f"{', ' if start else ''}{part}".encode())
+    content.update(b"]}")
+    return content.hexdigest()[:16]
+
+
 def _checked(place: str, prompt: Any) -> str | _Problem:
     if prompt is None:
         return _Problem(f"{place}: no prompt")
@@ -126,7 +145,21 @@ def _csv(file: Path) -> Iterator[_Record]:
 
 
 def _jsonl(file: Path) -> Iterator[_Record]:
-    rows: list[tuple[str, Any]] = []
+    # Read twice, to know all columns and yet hold one line at a time.
+    names: dict[str, None] = {}
+    is_table = False
+    for _, row in _lines(file):
+        if isinstance(row, dict):
+            is_table = True
+            names.update(dict.fromkeys(row))
+    column = _column(file, list(names)) if is_table else ""
+    for place, row in _lines(file):
+        # A line may also be the prompt itself, as a JSON text.
+        yield row if isinstance(row, _Problem) else (place, row.get(column) if isinstance(row, dict) else row)
+
+
+def _lines(file: Path) -> Iterator[tuple[str, Any]]:
+    """Place and value of each line of JSON; a `_Problem` for one that is none."""
     with file.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             place = f"{file.name}:{number}"
@@ -134,14 +167,9 @@ def _jsonl(file: Path) -> Iterator[_Record]:
                 continue
             try:
                 # Undecodable bytes pass as escapes: then the prompt that they stand in is at fault, not the line.
-                rows.append((place, json.loads(line.decode("utf-8-sig", "surrogateescape"))))
+                yield place, json.loads(line.decode("utf-8-sig", "surrogateescape"))
             except (ValueError, RecursionError) as error:
-                yield _Problem(f"{place}: not JSON ({error})")
-    tables = [row for _, row in rows if isinstance(row, dict)]
-    column = _column(file, list(dict.fromkeys(name for row in tables for name in row))) if tables else ""
-    for place, row in rows:
-        # A line may also be the prompt itself, as a JSON text.
-        yield place, row.get(column) if isinstance(row, dict) else row
+                yield place, _Problem(f"{place}: not JSON ({error})")
 
 
 def _parquet(file: Path) -> Iterator[_Record]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
+import pyarrow
 import typer
 from rich.console import Console
 
@@ -17,7 +18,7 @@ from ..cluster.session import start_or_join
 from ..cluster.storage import Storage, StorageError
 from ..kernels.sprites.splits import prompts as sprites_prompts
 from .making import PoolOptions, kind_of_workers, known_kind
-from .prompts import Prompts, read_prompts, unique
+from .prompts import Prompts, packed, read_prompts, unique
 from .recipe import TINY, Recipe, WorldRecipe, load_recipe
 from .trajectory_checks import SHEET, dry_run, validate
 from .trajectory_job import KIND, Job, Order, plan_job, shard_count, worker_bytes
@@ -74,7 +75,7 @@ def trajectories_command(
 
 def choose_prompts(
     recipe: Recipe, source: Path | None, sprites: int | None, limit: int | None, console: Console
-) -> tuple[str, ...]:
+) -> pyarrow.Array:
     """The prompts of a source, or of the embedded world's train split. Says on the console what was left out."""
     if (source is None) == (sprites is None):
         raise ValueError("--prompts, --sprites: exactly one of them is needed")
@@ -84,7 +85,7 @@ def choose_prompts(
     if found.problems:
         console.print(f"prompts: {len(found.problems):,} cannot be used and are left out:")
         _list(console, found.problems)
-    return found.texts[:limit]
+    return packed(found.texts[:limit])
 
 
 def _sprites(recipe: Recipe, count: int) -> Prompts:

@@ -5,7 +5,7 @@ import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import torch
@@ -22,10 +22,13 @@ from ..actors.trajectories import (
 from ..cluster.dataset import Sample, ShardError, decode_sample, read_samples
 from ..cluster.manifest import ShardPlan, read_sound_record
 from ..cluster.preflight import in_gib
-from ..kernels.wan.vae import StreamingVAE
 from .making import known_kind
+from .prompts import packed
 from .sheet import contact_sheet
 from .trajectory_job import Job, Order, plan_job
+
+if TYPE_CHECKING:
+    from ..kernels.wan.vae import StreamingVAE
 
 SHEET: Final = "validate.png"
 CHECKED: Final = 64  # samples that are read, evenly spread over the set
@@ -97,7 +100,8 @@ def _calibrate(job: Job, shards: Sequence[ShardPlan]) -> tuple[float, dict[str, 
     seconds = worker.seconds_per_batch(first) * settings.batch / len(first)
     if settings.text_dim is None:
         return seconds, {}
-    return seconds, dict(zip(job.order.prompts, worker.text_rows(job.order.prompts), strict=True))
+    prompts = packed(job.order.prompts).to_pylist()
+    return seconds, dict(zip(prompts, worker.text_rows(prompts), strict=True))
 
 
 def _batches(job: Job, shards: Sequence[ShardPlan]) -> float:
@@ -168,6 +172,8 @@ def _read(job: Job, shard: ShardPlan, keys: set[str], problems: list[str]) -> di
 def _draw(job: Job, ends: Sequence[tuple[str, str, torch.Tensor]]) -> None:
     if not ends:
         return
+    from ..kernels.wan.vae import StreamingVAE  # seconds to import
+
     vae = StreamingVAE.from_pretrained(job.order.teacher / "vae").to(job.order.device).eval()
     rows = [(f"{key}: {prompt}", _video(vae, end, job.order.device)) for key, prompt, end in ends]
     with tempfile.TemporaryDirectory() as folder:
@@ -176,7 +182,7 @@ def _draw(job: Job, ends: Sequence[tuple[str, str, torch.Tensor]]) -> None:
         job.order.out.publish(SHEET, path, replace=True)
 
 
-def _video(vae: StreamingVAE, end: torch.Tensor, device: str) -> np.ndarray:
+def _video(vae: "StreamingVAE", end: torch.Tensor, device: str) -> np.ndarray:
     return decode_end(vae, end.to(device))
 
 

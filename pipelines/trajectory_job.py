@@ -6,7 +6,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import pyarrow
+import pyarrow.compute
 import torch
 
 from ..actors.model_files import (
@@ -22,6 +24,7 @@ from ..cluster.manifest import ShardPlan, pending, plan
 from ..cluster.storage import Storage
 from ..kernels.diffusion.sampler import recording_grid
 from .making import check_same
+from .prompts import identity, packed
 from .recipe import Recipe, fingerprint
 
 KIND: Final = "trajectories"
@@ -31,11 +34,13 @@ STATES_HELD: Final = 4  # copies of a batch's path, in float32, that are alive a
 
 @dataclass(frozen=True)
 class Order:
-    """What a user asked for. teacher: a model folder, as every worker sees it. threads: of torch in a worker."""
+    """What a user asked for. teacher: a model folder, as every worker sees it. prompts: each once; as an Arrow array
+    (`prompts.packed`) many take half the memory. threads: of torch in a worker.
+    """
 
     recipe: Recipe
     teacher: Path
-    prompts: tuple[str, ...]
+    prompts: Sequence[str] | pyarrow.Array
     out: Storage
     device: str = "cpu"
     threads: int = 1
@@ -139,7 +144,7 @@ def _made_by(order: Order, settings: TrajectorySettings) -> dict[str, Any]:
         "command": "reelway trajectories",
         "sample_format": SAMPLE_FORMAT,
         "teacher": settings.teacher,
-        "prompts": {"count": len(order.prompts), "fingerprint": fingerprint({"prompts": list(order.prompts)})},
+        "prompts": {"count": len(order.prompts), "fingerprint": identity(order.prompts)},
         "trajectories": order.recipe.trajectories.model_dump(mode="json"),
         "clip": order.recipe.clip.model_dump(mode="json", include={"height", "width", "frames"}),
         "latents": list(settings.shape),
@@ -151,13 +156,14 @@ def _made_by(order: Order, settings: TrajectorySettings) -> dict[str, Any]:
     }
 
 
-def _items(prompts: Sequence[str], samples: int) -> pyarrow.Table:
+def _items(prompts: Sequence[str] | pyarrow.Array, samples: int) -> pyarrow.Table:
     """One row per sample, the samples of a prompt beside each other."""
-    rows = [(index, prompt, sample) for index, prompt in enumerate(prompts) for sample in range(samples)]
-    return pyarrow.table(
-        {
-            "key": [f"{index:08d}-{sample:04d}" for index, _, sample in rows],
-            "prompt": [prompt for _, prompt, _ in rows],
-            "sample": [sample for _, _, sample in rows],
-        }
-    )
+    texts = packed(prompts)
+    index = np.repeat(np.arange(len(prompts)), samples)
+    sample = np.tile(np.arange(samples), len(prompts))
+    keys = pyarrow.compute.binary_join_element_wise(_digits(index, 8), _digits(sample, 4), "-")
+    return pyarrow.table({"key": keys, "prompt": texts if samples == 1 else texts.take(index), "sample": sample})
+
+
+def _digits(numbers: np.ndarray, width: int) -> pyarrow.Array:
+    return pyarrow.compute.utf8_lpad(pyarrow.array(numbers).cast(pyarrow.string()), width, "0")

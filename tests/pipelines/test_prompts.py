@@ -8,7 +8,8 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from reelway.pipelines.prompts import read_prompts
+from reelway.pipelines.prompts import PART, identity, packed, read_prompts
+from reelway.pipelines.recipe import fingerprint
 
 
 def write_table(path: Path, rows: list[Any]) -> None:
@@ -46,11 +47,11 @@ def test_bad_prompts_are_named_and_left_out(tmp_path: Path) -> None:
     (tmp_path / "prompts.txt").write_bytes(b"fine\n\xff\xfe\n")
     found = read_prompts(tmp_path)
     assert found.texts == ("good", "bare", "fine")
-    kinds = ["not JSON", "int, not text", "is empty", "no prompt", "not UTF-8 (surrogates", "not UTF-8 (invalid start"]
+    kinds = ["int, not text", "is empty", "not JSON", "no prompt", "not UTF-8 (surrogates", "not UTF-8 (invalid start"]
     assert len(found.problems) == len(kinds)
     for problem, kind in zip(found.problems, kinds, strict=True):
         assert kind in problem
-    assert "prompts.jsonl:4: not JSON" in found.problems[0]
+    assert "prompts.jsonl:4: not JSON" in found.problems[2]
 
 
 @pytest.mark.parametrize(
@@ -67,3 +68,11 @@ def test_a_source_without_prompts_is_refused(tmp_path: Path, name: str, text: st
     (tmp_path / name).write_text(text)
     with pytest.raises(ValueError, match=line):
         read_prompts(tmp_path / name)
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, PART, PART + 1])
+def test_the_identity_is_that_of_the_whole_list(count: int) -> None:
+    """Data sets that stand already bear it."""
+    texts = [f'[été] "{index}"]' for index in range(count)]
+    assert identity(texts) == identity(packed(texts)) == fingerprint({"prompts": texts})
+    assert identity([*texts, "more"]) != identity(texts)

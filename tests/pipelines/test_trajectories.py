@@ -330,6 +330,57 @@ def test_validate_draws_a_sheet_and_finds_what_was_tampered_with(
     assert "7 samples sound, 1 problem" in output
 
 
+# --- A million prompts ---------------------------------------------------------------------------------------------
+
+LEAN = """
+import sys
+from reelway.pipelines import trajectories
+print([name for name in ("transformers", "diffusers") if name in sys.modules])
+"""
+PLAN = """
+import sys
+from pathlib import Path
+from rich.console import Console
+from reelway.cluster.storage import Storage
+from reelway.pipelines.recipe import TINY, load_recipe
+from reelway.pipelines.trajectories import choose_prompts
+from reelway.pipelines.trajectory_job import Order, plan_job
+
+source, teacher, out = map(Path, sys.argv[1:])
+recipe = load_recipe(TINY)
+order = Order(recipe, teacher, choose_prompts(recipe, source, None, None, Console()), Storage.open(out))
+job = plan_job(order, "cpu")
+left = job.pending()
+peak = next(line.split()[1] for line in Path("/proc/self/status").read_text().splitlines() if "VmHWM" in line)
+print(job.samples, len(left), job.bytes(left), peak)
+"""
+
+
+def python(script: str, *arguments: object) -> list[str]:
+    """The words that a script prints, in a process of its own."""
+    command = [sys.executable, "-c", script, *map(str, arguments)]
+    return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout.split()
+
+
+def test_the_driver_does_without_the_networks_libraries() -> None:
+    """0.3 GB and seconds; it plans, and workers make."""
+    assert python(LEAN) == ["[]"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+@pytest.mark.parametrize("suffix", [".txt", ".jsonl"])
+def test_a_million_prompts_are_planned_in_a_gigabyte(suffix: str, small_teacher: Path, tmp_path: Path) -> None:
+    words = "a small red star drifts slowly to the left over a navy background while a large green ring waits, take"
+    lines = (f"{words} {index}" for index in range(1_000_000))
+    with (tmp_path / f"prompts{suffix}").open("w") as file:
+        file.writelines(f"{line}\n" if suffix == ".txt" else f'{{"prompt": "{line}"}}\n' for line in lines)
+    samples, shards, size, peak = map(int, python(PLAN, file.name, small_teacher, tmp_path / "set"))
+    assert (samples, shards) == (1_000_000, 15_625)
+    assert size > samples * 5 * 21 * 16 * 8 * 8 * 2
+    assert peak < 1_000_000  # kB
+
+
 # --- Mistakes ----------------------------------------------------------------------------------------------------
 
 
