@@ -236,7 +236,12 @@ class _Run(Generic[ItemT]):
     def _start_worker(self) -> None:
         need = self.pool.workers
         actor = ray.remote(Host).options(
-            num_cpus=need.cpus, num_gpus=need.gpus, memory=need.memory or None, max_restarts=0, max_task_retries=0
+            num_cpus=need.cpus,
+            num_gpus=need.gpus,
+            accelerator_type=need.accelerator or None,
+            memory=need.memory or None,
+            max_restarts=0,
+            max_task_retries=0,
         )
         slot = _Slot[ItemT](actor.remote(self.pool.retry_on), since=time.monotonic())
         self.slots.append(slot)

@@ -4,14 +4,17 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+from ray._private.accelerators import get_accelerator_manager_for_resource
 
 SHARED_MEMORY = Path("/dev/shm")
 CGROUP = Path("/sys/fs/cgroup")
+OF_TYPE = "accelerator_type:"  # begins the name of the resource that says it of a node
 NODES_NAMED = 4  # in a line that lists them
 COMFORTABLE_SHARED_MEMORY = 1 << 30  # bytes; a container's 64 MiB makes Ray keep its objects on disk
 
@@ -20,9 +23,10 @@ COMFORTABLE_SHARED_MEMORY = 1 << 30  # bytes; a container's 64 MiB makes Ray kee
 class Requirements:
     """What a pool asks for: how many workers, and what each of them holds while it lives.
 
-    `gpus` is a share of one GPU (0.25) or a whole number; `memory` is bytes of host memory, 0 when it is not
-    reserved. `cluster_grows` says that nodes are added on demand, so that what does not fit now may fit later.
-    Raises ValueError naming the field.
+    `gpus` is a share of one GPU (0.25) or a whole number, `accelerator` the only type that will do, by Ray's name of it
+    ("A100"); `one_kind` says that without a name all must be of the same type. `memory` is bytes of host memory, 0 when
+    it is not reserved. `cluster_grows` says that nodes are added on demand, so that what does not fit now may fit
+    later. Raises ValueError naming the field.
     """
 
     cpus: float = 1.0
@@ -31,6 +35,8 @@ class Requirements:
     min_workers: int = 1
     max_workers: int = 1
     cluster_grows: bool = False
+    accelerator: str = ""
+    one_kind: bool = False
 
     def __post_init__(self) -> None:
         for name, value in (("cpus", self.cpus), ("gpus", self.gpus), ("memory", self.memory)):
@@ -38,6 +44,8 @@ class Requirements:
                 raise ValueError(f"{name}: must be a number of at least 0, got {value}")
         if self.gpus > 1 and self.gpus != int(self.gpus):
             raise ValueError(f"gpus: must be a whole number or a share of one GPU, got {self.gpus}")
+        if self.accelerator and not self.gpus:
+            raise ValueError(f"accelerator: {self.accelerator} is a type of GPU, and the workers have none (gpus is 0)")
         if self.min_workers < 1:
             raise ValueError(f"min_workers: must be at least 1, got {self.min_workers}")
         if self.max_workers < self.min_workers:
@@ -45,22 +53,34 @@ class Requirements:
 
     def __str__(self) -> str:
         parts = [counted(self.cpus, "CPU")] if self.cpus else []
-        parts += [counted(self.gpus, "GPU")] if self.gpus else []
+        parts += [self.gpus_in_words] if self.gpus else []
         parts += [f"{in_gib(self.memory)} of memory"] if self.memory else []
         return " and ".join(parts) or "nothing reserved"
+
+    @property
+    def gpus_in_words(self) -> str:
+        """`2 GPUs`, `1 GPU of type A100`."""
+        return counted(self.gpus, "GPU") + (f" of type {self.accelerator}" if self.accelerator else "")
 
 
 @dataclass(frozen=True)
 class Node:
-    """A machine's resources as Ray counts them; memory in bytes of host memory."""
+    """A machine's resources as Ray counts them; memory in bytes of host memory. accelerators: types of its GPUs."""
 
     name: str
     cpus: float
     gpus: float
     memory: int
+    accelerators: tuple[str, ...] = ()
+
+    def suits(self, need: Requirements) -> bool:
+        """Whether its GPUs are of the type that is asked for, if one is."""
+        return not need.accelerator or need.accelerator in self.accelerators
 
     def holds(self, need: Requirements) -> int:
         """How many such workers fit here. A share of a GPU never spans two GPUs."""
+        if not self.suits(need):
+            return 0
         counts = [need.max_workers]
         if need.cpus:
             counts.append(_times(self.cpus, need.cpus))
@@ -71,7 +91,8 @@ class Node:
         return min(counts)
 
     def __str__(self) -> str:
-        return f"{self.name} ({counted(self.cpus, 'CPU')}, {counted(self.gpus, 'GPU')}, {in_gib(self.memory)})"
+        gpus = " ".join([counted(self.gpus, "GPU"), *self.accelerators])
+        return f"{self.name} ({counted(self.cpus, 'CPU')}, {gpus}, {in_gib(self.memory)})"
 
 
 def in_gib(size: float) -> str:
@@ -92,11 +113,13 @@ def in_words(nodes: Sequence[Node]) -> str:
 
 def this_machine(cpus: float | None = None, gpus: float | None = None) -> Node:
     """What a local Ray would get here: usable CPUs, CUDA devices and free memory, within the container's limits."""
+    devices = _cuda_devices() if gpus is None else gpus
     return Node(
         name="this machine",
         cpus=_usable_cpus() if cpus is None else cpus,
-        gpus=_cuda_devices() if gpus is None else gpus,
+        gpus=devices,
         memory=_free_memory(),
+        accelerators=_accelerators_here() if devices else (),
     )
 
 
@@ -108,6 +131,7 @@ def cluster_nodes() -> list[Node]:
             cpus=node["Resources"].get("CPU", 0.0),
             gpus=node["Resources"].get("GPU", 0.0),
             memory=int(node["Resources"].get("memory", 0)),
+            accelerators=_types_among(node["Resources"]),
         )
         for node in ray.nodes()
         if node["Alive"]
@@ -118,8 +142,10 @@ def check_placement(nodes: Sequence[Node], need: Requirements) -> int:
     """How many of the pool's workers fit on these nodes, at most `max_workers`.
 
     A cluster that grows is not judged by what it has now: it is given `max_workers`. Raises ValueError saying
-    which resource is missing when not even `min_workers` fit.
+    which resource is missing when not even `min_workers` fit, or that a type of GPU must be chosen.
     """
+    if need.gpus and need.one_kind:
+        _check_one_kind(nodes, need)
     if need.cluster_grows:
         return need.max_workers
     fitting = sum(node.holds(need) for node in nodes)
@@ -165,14 +191,31 @@ def _times(have: float, need: float) -> int:
     return math.floor(have / need + 1e-6)  # 0.9 / 0.3 is 2.9999999999999996
 
 
+def _check_one_kind(nodes: Sequence[Node], need: Requirements) -> None:
+    counts: Counter[str] = Counter()
+    for node in nodes:
+        if node.holds(need):
+            counts[" and ".join(node.accelerators) or "of unknown type"] += int(node.gpus)
+    if len(counts) > 1:
+        kinds = ", ".join(f"{count} {kind}" for kind, count in sorted(counts.items()))
+        rule = "results differ in the last bits from one to the other, so choose one"
+        raise ValueError(f"--accelerator-type: the cluster has several types of GPU ({kinds}); {rule}")
+
+
 def _what_is_missing(nodes: Sequence[Node], need: Requirements, fitting: int) -> str:
     count = need.min_workers
     workers, verb = counted(count, "worker"), "needs" if count == 1 else "each need"
+    if not any(node.suits(need) for node in nodes):
+        types = ", ".join(sorted({name for node in nodes for name in node.accelerators})) or "none"
+        return f"{workers} with {need.gpus_in_words}: the cluster has {types}"
+    nodes = [node for node in nodes if node.suits(need)]
     gpus, cpus = sum(node.gpus for node in nodes), sum(node.cpus for node in nodes)
     memory = sum(node.memory for node in nodes)
-    for unit, each, have in (("GPU", need.gpus, gpus), ("CPU", need.cpus, cpus)):
+    for unit, each, have, asked in (
+        ("GPU", need.gpus, gpus, need.gpus_in_words),
+        ("CPU", need.cpus, cpus, counted(need.cpus, "CPU")),
+    ):
         if count * each > have:
-            asked = counted(each, unit)
             return f"{workers} with {asked} {verb} {counted(count * each, unit)}; the cluster has {have:g}"
     if count * need.memory > memory:
         asked, total = in_gib(need.memory), in_gib(count * need.memory)
@@ -192,6 +235,16 @@ def _cuda_devices() -> int:
     import torch  # seconds to import, and every worker of a pool imports this module
 
     return torch.cuda.device_count()
+
+
+def _types_among(resources: Iterable[str]) -> tuple[str, ...]:
+    return tuple(sorted(name.removeprefix(OF_TYPE) for name in resources if name.startswith(OF_TYPE)))
+
+
+def _accelerators_here() -> tuple[str, ...]:
+    """The type that Ray will give a node here."""
+    found = get_accelerator_manager_for_resource("GPU").get_current_node_accelerator_type()
+    return (found,) if found else ()
 
 
 def _free_memory() -> int:

@@ -72,6 +72,9 @@ def ingest_command(
         int | None, typer.Option(min=1, help="On cuda: one feeds the device, the rest decode; 4 by default. On cpu: 1.")
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    accelerator_type: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="Of a mixed cluster only these GPUs, by Ray's name: A100, H100.")
+    ] = None,
     address: Annotated[str | None, typer.Option(help="A Ray to join: host:port or auto. Else one is started.")] = None,
     autoscaling: Annotated[bool, typer.Option(help="The cluster adds nodes on demand: do not count what it has.")] = (
         False
@@ -88,7 +91,7 @@ def ingest_command(
     loaded = load_recipe(recipe, override)
     storage, folder = Storage.open(out), VideoFolder.open(videos)
     order = Order(loaded, folder, captions, vae.absolute(), storage, device, threads, lanes, limit)
-    pool = PoolOptions.parse(workers, device, gpus_per_worker, cpus, autoscaling)
+    pool = PoolOptions.parse(workers, device, gpus_per_worker, cpus, autoscaling, accelerator_type)
     try:
         status = dry_run(order) if dry else run(order, pool, address, console)
     except KeyboardInterrupt:
@@ -118,7 +121,7 @@ def run(order: Order, pool: PoolOptions, address: str | None, console: Console) 
     missing because workers failed. 130: interrupted.
     """
     clip_settings(order.recipe)
-    kind = known_kind(order.out, order.device)
+    kind = known_kind(order.out, order.device, pool.accelerator)
     ingest_settings(order, kind or order.device)
     material = gather(order)
     check_order(order, material, kind)

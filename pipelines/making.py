@@ -24,46 +24,57 @@ class PoolOptions:
     cpus: float
     gpus: float
     autoscaling: bool
+    accelerator: str = ""
 
     @classmethod
     def parse(
-        cls, workers: str | None, device: str, gpus: float | None, cpus: float, autoscaling: bool
+        cls,
+        workers: str | None,
+        device: str,
+        gpus: float | None,
+        cpus: float,
+        autoscaling: bool,
+        accelerator: str | None = None,
     ) -> "PoolOptions":
-        """workers: "N" or "MIN:MAX". gpus: of a worker; 1 on cuda and 0 on cpu where it is not said."""
+        """workers: "N" or "MIN:MAX". gpus: of a worker; 1 on cuda and 0 on cpu where it is not said. accelerator: the
+        only type of GPU that will do.
+        """
         if gpus is None:
             gpus = 1.0 if device == "cuda" else 0.0
+        if accelerator is not None and not (accelerator and gpus):
+            raise ValueError(f"--accelerator-type: must be a type of GPU for --device cuda, got {accelerator!r}")
         if workers is None:
-            return cls(1, None, cpus, gpus, autoscaling)
+            return cls(1, None, cpus, gpus, autoscaling, accelerator or "")
         least, colon, most = workers.partition(":")
         bounds = [least, most] if colon else [least, least]
         if not all(bound.isdecimal() for bound in bounds):
             raise ValueError(f"--workers: must be N or MIN:MAX, got {workers!r}")
-        return cls(int(bounds[0]), int(bounds[1]), cpus, gpus, autoscaling)
+        return cls(int(bounds[0]), int(bounds[1]), cpus, gpus, autoscaling, accelerator or "")
 
     def requirements(self, memory: int, work: int) -> Requirements:
         """memory: bytes of a worker. work: items there are at most."""
         most = max(self.least, work) if self.most is None else self.most
-        return Requirements(self.cpus, self.gpus, memory, self.least, most, cluster_grows=self.autoscaling)
+        return Requirements(self.cpus, self.gpus, memory, self.least, most, self.autoscaling, self.accelerator, True)
 
 
-def known_kind(out: Storage, device: str) -> str | None:
+def known_kind(out: Storage, device: str, accelerator: str = "") -> str | None:
     """The kind of device that a job runs on, if that is known here: the one that the data set was begun on, else this
-    machine's; None when only the workers have such a device.
+    machine's; None when only the workers have such a device, or a type of it was asked for.
     """
     if out.exists(INFO):
         stored = read_dataset(out).made_by.get("device")
         if isinstance(stored, str):
             return stored
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+    if torch.device(device).type == "cuda" and (accelerator or not torch.cuda.is_available()):
         return None
     return device_kind(device)
 
 
 def kind_of_workers(device: str, need: Requirements) -> str:
     """What the workers will run on, asked of a process with one worker's resources."""
-    ask = ray.remote(device_kind).options(num_cpus=need.cpus, num_gpus=need.gpus)
+    resources = {"num_cpus": need.cpus, "num_gpus": need.gpus, "accelerator_type": need.accelerator or None}
     try:
-        kind: str = ray.get(ask.remote(device))
+        kind: str = ray.get(ray.remote(device_kind).options(**resources).remote(device))
     except RayTaskError as error:
         raise ValueError(str(error.cause)) from None
     return kind

@@ -44,6 +44,9 @@ def trajectories_command(
     cpus_per_worker: Annotated[float | None, typer.Option(help="As many as --threads by default.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Of torch in a worker; decides the last bits.")] = 1,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    accelerator_type: Annotated[
+        str | None, typer.Option(metavar="TYPE", help="Of a mixed cluster only these GPUs, by Ray's name: A100, H100.")
+    ] = None,
     address: Annotated[str | None, typer.Option(help="A Ray to join: host:port or auto. Else one is started.")] = None,
     autoscaling: Annotated[bool, typer.Option(help="The cluster adds nodes on demand: do not count what it has.")] = (
         False
@@ -60,7 +63,9 @@ def trajectories_command(
     loaded = load_recipe(recipe, changes)
     chosen = choose_prompts(loaded, prompts, sprites, limit, console)
     order = Order(loaded, teacher.absolute(), chosen, Storage.open(out), device, threads)
-    pool = PoolOptions.parse(workers, device, gpus_per_worker, cpus_per_worker or threads, autoscaling)
+    pool = PoolOptions.parse(
+        workers, device, gpus_per_worker, cpus_per_worker or threads, autoscaling, accelerator_type
+    )
     try:
         if dry:
             for line in dry_run(order, pool.most, pool.gpus).lines(cost_per_hour):
@@ -114,7 +119,7 @@ def run(order: Order, need: Requirements, address: str | None, console: Console,
     """Make what is missing of an order; the exit code. 0: the set is whole. 1: shards or all samples are missing, or
     `check` found something. 130: interrupted.
     """
-    kind = known_kind(order.out, order.device)
+    kind = known_kind(order.out, order.device, need.accelerator)
     job = plan_job(order, kind or order.device)
     left = job.pending() if kind else job.shards
     made = _Made()

@@ -47,8 +47,11 @@ LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F"}  # 127.0.0.1 as /pro
 LISTEN = "0A"  # the state of a socket in /proc/net/tcp
 
 
-def node(cpus: float = 8, gpus: float = 0, memory: int = 64 * GIB) -> Node:
-    return Node("n", cpus, gpus, memory)
+def node(cpus: float = 8, gpus: float = 0, memory: int = 64 * GIB, accelerators: tuple[str, ...] = ()) -> Node:
+    return Node("n", cpus, gpus, memory, accelerators)
+
+
+MIXED = [node(gpus=8, accelerators=("A100",)), node(gpus=4, accelerators=("H100",)), node(), node(gpus=1)]
 
 
 # --- Placement ---------------------------------------------------------------------------------------------
@@ -79,6 +82,29 @@ def node(cpus: float = 8, gpus: float = 0, memory: int = 64 * GIB) -> Node:
             "2 workers with 1 CPU and 2 GPUs do not fit: only 1 can be placed on n (8 CPUs, 3 GPUs, 64.0 GiB), "
             "n (8 CPUs, 1 GPU, 64.0 GiB)",
         ),
+        (
+            MIXED,
+            Requirements(gpus=1, accelerator="L4"),
+            "1 worker with 1 GPU of type L4: the cluster has A100, H100",
+        ),
+        ([node()], Requirements(gpus=1, accelerator="L4"), "1 worker with 1 GPU of type L4: the cluster has none"),
+        (
+            MIXED,
+            Requirements(gpus=2, accelerator="H100", min_workers=3, max_workers=3),
+            "3 workers with 2 GPUs of type H100 each need 6 GPUs; the cluster has 4",
+        ),
+        (
+            MIXED,
+            Requirements(gpus=1, one_kind=True),
+            "--accelerator-type: the cluster has several types of GPU (8 A100, 4 H100, 1 of unknown type); results "
+            "differ in the last bits from one to the other, so choose one",
+        ),
+        (
+            MIXED,
+            Requirements(gpus=1, one_kind=True, cluster_grows=True),
+            "--accelerator-type: the cluster has several types of GPU (8 A100, 4 H100, 1 of unknown type); results "
+            "differ in the last bits from one to the other, so choose one",
+        ),
     ],
 )
 def test_a_placement_that_cannot_be_met_says_why(nodes: list[Node], need: Requirements, line: str) -> None:
@@ -102,6 +128,20 @@ def test_as_many_workers_as_fit_up_to_the_maximum(have: Node, need: Requirements
     assert check_placement([have], need) == fitting
 
 
+@pytest.mark.parametrize(
+    ("need", "fitting"),
+    [
+        (Requirements(gpus=1, max_workers=99), 13),
+        (Requirements(gpus=1, max_workers=99, accelerator="A100", one_kind=True), 8),
+        (Requirements(gpus=0.5, cpus=0, max_workers=99, accelerator="H100"), 8),
+        (Requirements(gpus=5, max_workers=99, one_kind=True), 1),  # only one kind of node holds such a worker
+        (Requirements(max_workers=99, one_kind=True), 32),  # without GPUs there are no kinds
+    ],
+)
+def test_a_pool_is_kept_to_one_type_of_gpu(need: Requirements, fitting: int) -> None:
+    assert check_placement(MIXED, need) == fitting
+
+
 def test_a_cluster_that_grows_is_not_judged_by_what_it_has_now() -> None:
     need = Requirements(gpus=1, min_workers=4, max_workers=8, cluster_grows=True)
     assert check_placement([node(gpus=0)], need) == 8
@@ -114,6 +154,8 @@ def test_a_cluster_that_grows_is_not_judged_by_what_it_has_now() -> None:
 def test_requirements_name_the_wrong_field(field: str, value: float) -> None:
     with pytest.raises(ValueError, match=f"^{field}: must be .* got {value}"):
         Requirements(**{field: value})  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match=r"^accelerator: A100 is a type of GPU, and the workers have none"):
+        Requirements(accelerator="A100")
 
 
 def test_this_machine_has_what_the_system_says() -> None:
