@@ -16,7 +16,11 @@ NEW: Final = 0.2  # weight of what was seen last, in a moving mean
 
 
 class Busy(ValueError):
-    """No room for a stream: bytes, sessions or speed. The message says which, in figures."""
+    """No room for a stream: bytes or sessions. The message says which, in figures."""
+
+
+class TooSlow(Busy):
+    """No room for a stream by the speed that was measured, which other work on the machine lowers."""
 
 
 class Kind(NamedTuple):
@@ -87,6 +91,14 @@ class Speeds:
             self._upkeep += seconds
             self._blocks += blocks
 
+    def scale(self, factor: float) -> None:
+        """Everything takes so many times as long as was measured."""
+        with self._lock:
+            for costs in self._costs.values():
+                costs.making = {batch: factor * seconds for batch, seconds in costs.making.items()}
+                costs.showing *= factor
+            self._upkeep *= factor
+
     def making(self, kind: Kind, batch: int) -> float | None:
         """Seconds until a batch is made, and the block of one of its streams decoded; None: nothing is known."""
         with self._lock:
@@ -131,19 +143,22 @@ class Speeds:
 
 
 class Admission:
-    """Says whether another stream has room. sessions: at most so many; load: share of the time that may be planned.
+    """Says whether another stream has room. sessions: at most so many; load: share of the time that may be planned;
+    size: height and width of the usual stream, which `capacity` reckons with.
 
     The load is the sum, over the streams that have a frame rate, of blocks per second times seconds per block, in
     the batches that so many streams can make. Below the limit every stream keeps its frame rate.
     """
 
-    def __init__(self, student: Student, speeds: Speeds, sessions: int | None, load: float) -> None:
+    def __init__(
+        self, student: Student, speeds: Speeds, sessions: int | None, load: float, size: tuple[int, int]
+    ) -> None:
         if not 0 < load <= 1:
             raise ValueError(f"load: must lie in (0, 1], got {load:g}")
         if sessions is not None and sessions < 1:
             raise ValueError(f"sessions: must be 1 or more, got {sessions}")
         self.student, self.speeds = student, speeds
-        self.sessions, self.limit = sessions, load
+        self.sessions, self.limit, self.size = sessions, load, size
         self.frames = Layout.of(student.settings, student.vae.temporal_factor).size(1)  # of every block but the first
 
     def held(self, plan: StreamPlan, rate: float | None) -> Held:
@@ -165,26 +180,26 @@ class Admission:
             total += share * rate / self.frames
         return total
 
-    def refusal(self, asked: Held, streams: list[Held]) -> str | None:
+    def refusal(self, asked: Held, streams: list[Held]) -> Busy | None:
         """Why there is no room for one more, in words and figures; None where there is."""
         budget, held = self.student.budget, sum(stream.bytes for stream in streams)
         if budget is not None and held + asked.bytes > budget:
             size = f"{asked.kind.width}x{asked.kind.height}"
             rest = f"{len(streams)} open streams hold {held / 1e6:.1f} of {budget / 1e6:.1f} MB"
-            return f"memory: a stream of {size} needs {asked.bytes / 1e6:.1f} MB; {rest}"
+            return Busy(f"memory: a stream of {size} needs {asked.bytes / 1e6:.1f} MB; {rest}")
         if self.sessions is not None and len(streams) >= self.sessions:
-            return f"sessions: {len(streams)} of {self.sessions} are open"
+            return Busy(f"sessions: {len(streams)} of {self.sessions} are open")
         load = self.load([*streams, asked])
         if asked.rate is None or load is None or load <= self.limit:
             return None
         live = sum(stream.rate is not None for stream in streams)
         each = f"{self.speeds.share(asked.kind, live + 1):.3g} s per block of {self.frames} frames"
-        return f"speed: with {live + 1} live streams the load would be {load:.3f} of {self.limit:g} ({each})"
+        return TooSlow(f"speed: with {live + 1} live streams the load would be {load:.3f} of {self.limit:g} ({each})")
 
     def capacity(self, streams: list[Held]) -> dict[str, Any]:
-        """Figures for whoever places streams; "most": of the student's own size at 16 frames per second, None: no end
-        is known."""
-        height, width = self.student.default_size
+        """Figures for whoever places streams; "most": of the usual size at 16 frames per second, None: no end is
+        known."""
+        height, width = self.size
         kind, budget = Kind(height, width, False), self.student.budget
         each = self.student.bytes_per_stream(height, width).total
         return {

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
+from threading import Lock
 from typing import Any, Final
 
 import numpy as np
@@ -67,7 +68,7 @@ class StreamBytes:
 
 
 class Student:
-    """The networks of a student, and a budget of memory for its streams. Not thread-safe.
+    """The networks of a student, and a budget of memory for its streams. Not thread-safe, but for `context` and `plan`.
 
     dtype: of matrix products, caches and VAE; norms, modulation and latents stay in float32. budget: bytes that open
     streams may set aside together; None is no limit.
@@ -92,6 +93,7 @@ class Student:
         self.device = transformer.proj_out.weight.device
         self.streams: list[Stream] = []
         self.context = lru_cache(PROMPTS_KEPT)(self._encode)
+        self._encoding = Lock()
         self._vae_bytes = lru_cache(None)(self._measure_vae)
 
     @classmethod
@@ -306,7 +308,8 @@ class Student:
     # --- Encoding --------------------------------------------------------------------------------------------------
 
     def _encode(self, prompt: str) -> TextContext:
-        return self.encoder([prompt])
+        with self._encoding:  # a tokenizer takes one call at a time
+            return self.encoder([prompt])
 
     def _encode_image(self, image: Pixels, latents: int) -> Tensor:
         """An image as a first block: shown for as long as the block lasts (CausVid, arXiv 2412.07772)."""

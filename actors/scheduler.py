@@ -21,7 +21,7 @@ from dataclasses import asdict
 from typing import Any, Final, TypeVar
 
 from ..kernels.clips import Pixels
-from .admission import Admission, Busy, Held, Speeds
+from .admission import Admission, Busy, Held, Kind, Speeds, TooSlow
 from .figures import Figures
 from .generator import NoRoom, Student
 from .rounds import Round, next_round
@@ -30,7 +30,7 @@ from .streams import Snapshot, Stream, StreamPlan, make_together, settle
 from .timeline import Turn
 from .warmup import finish, measure_blocks
 
-__all__ = ["Busy", "Piece", "Scheduler", "StreamOrder", "Taken", "Turn"]
+__all__ = ["Busy", "Piece", "Scheduler", "StreamOrder", "Taken", "TooSlow", "Turn"]
 
 T = TypeVar("T")
 FAILURES: Final = (ArithmeticError, RuntimeError, ValueError)  # of one stream; torch's are RuntimeErrors
@@ -41,8 +41,9 @@ class Scheduler:
 
     sessions: at most so many streams. ahead: chunks that may wait untaken per stream; then it pauses. keep: called
     with a snapshot before every `keep_every`-th block of a stream, from the working thread: it must not block or raise.
-    load: share of the time that may be planned for streams with deadlines. batch: make no larger ones. clock: seconds
-    that never go back.
+    load: share of the time that may be planned for streams with deadlines. batch: make no larger ones. size: height
+    and width of orders that name none and have no image; the student's own by default. clock: seconds that never go
+    back.
     """
 
     def __init__(
@@ -55,13 +56,15 @@ class Scheduler:
         keep: Callable[[str, Snapshot], None] | None = None,
         load: float = 0.9,
         batch: int | None = None,
+        size: tuple[int, int] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         for name, number in (("ahead", ahead), ("keep_every", keep_every), ("batch", batch)):
             if number is not None and number < 1:
                 raise ValueError(f"{name}: must be 1 or more, got {number}")
         self.student, self.speeds = student, Speeds()
-        self.admission = Admission(student, self.speeds, sessions, load)
+        self.size = size or student.default_size
+        self.admission = Admission(student, self.speeds, sessions, load, self.size)
         self._ahead, self._batch = ahead, batch
         self._keep_every, self._keep, self._clock = keep_every, keep, clock
         self._mutex = threading.RLock()
@@ -81,8 +84,22 @@ class Scheduler:
         """
         return self._ask(lambda: measure_blocks(self.student, self.speeds, height, width, batches, self._clock))
 
-    def has_room(self, order: StreamOrder) -> str | None:
-        """None, or why there is no room for this stream, in words and figures. ValueError where it cannot be made."""
+    def measure_again(self) -> None:
+        """Time one block of one stream anew, and believe that all else has become slower or faster by as much: what was
+        measured while something else kept the machine busy would stand until blocks are made.
+        """
+
+        def measured() -> None:
+            fresh, before = Speeds(), self.speeds.seconds(Kind(*self.size, False), 1)
+            now = measure_blocks(self.student, fresh, *self.size, (1,), self._clock)
+            if before and now:
+                self.speeds.scale(now[1] / before)
+
+        self._ask(measured)
+
+    def refusal(self, order: StreamOrder) -> Busy | None:
+        """Why there is no room for this stream, in words and figures; None: there is. ValueError where it cannot be
+        made."""
         held = self.admission.held(self._plan(order), order.frame_rate)
         with self._mutex:
             return self.admission.refusal(held, self._held())
@@ -105,6 +122,8 @@ class Scheduler:
         """
         plan = self._plan(order)
         _check_resumed(plan, snapshot, frame)
+        for text in _texts(order, snapshot, turns):  # here: the working thread then finds them encoded
+            self.student.context(text)
         self._ask(lambda: self._open(order, plan, snapshot, turns, frame))
 
     def take(self, stream: str, frame: int, timeout: float = 0.0) -> Taken:
@@ -120,14 +139,19 @@ class Scheduler:
             session.changed.wait_for(lambda: session.pieces or session.state != "running" or self._broken, timeout)
             return session.hand_out(self._clock())
 
-    def prompt(self, stream: str, text: str) -> Turn:
+    def prompt(self, stream: str, text: str, frame: int | None = None) -> Turn:
         """Follow another prompt from the next block edge on, at once dropping all pieces that were not taken.
 
-        The turn says which block and frame that is, and how many frames are dropped in front of it: indices go on
-        after them. Of several prompts before one edge the last one wins, and takes the turn's place in the log.
+        frame: the first one that was taken and will not be shown, of a caller who takes ahead of the viewer: those are
+        dropped too, and the deadlines know of it. The turn says which block and frame the edge is, and how many frames
+        are dropped in front of it: indices go on after them. Of several prompts before one edge the last one wins, and
+        takes the turn's place in the log. The text is encoded here, in the caller's thread: no stream waits for it.
         """
         with self._mutex:
-            turn = self._find(stream).switch(text)
+            self._find(stream).check_runs()
+        self.student.context(text)
+        with self._mutex:
+            turn = self._find(stream).switch(text, frame)
             self._work.notify_all()
             return turn
 
@@ -332,8 +356,8 @@ class Scheduler:
         with self._mutex:
             refusal = self.admission.refusal(held, self._held())
         if refusal:
-            raise Busy(refusal)
-        stream = self._open_stream(order, snapshot)
+            raise refusal
+        stream = self._open_stream(order, plan, snapshot)
         try:
             with self._mutex:
                 session = Session(order, stream, held, turns, frame, self._ahead, self._mutex, self._clock())
@@ -343,15 +367,15 @@ class Scheduler:
             stream.close()
             raise
 
-    def _open_stream(self, order: StreamOrder, snapshot: Snapshot | None) -> Stream:
+    def _open_stream(self, order: StreamOrder, plan: StreamPlan, snapshot: Snapshot | None) -> Stream:
         try:
             if snapshot is not None:
                 return self.student.restore(snapshot)
             return self.student.open(
                 order.prompt,
                 order.seed,
-                height=order.height,
-                width=order.width,
+                height=plan.height,
+                width=plan.width,
                 image=order.image,
                 redraw=order.redraw,
                 mode=order.mode,
@@ -370,11 +394,12 @@ class Scheduler:
     # --- Inside ----------------------------------------------------------------------------------------------------
 
     def _plan(self, order: StreamOrder) -> StreamPlan:
+        height, width = (None, None) if order.image is not None else self.size
         return self.student.plan(
             order.prompt,
             order.seed,
-            height=order.height,
-            width=order.width,
+            height=order.height or height,
+            width=order.width or width,
             given=order.image,
             redraw=order.redraw,
             mode=order.mode,
@@ -400,6 +425,15 @@ def _make(batch: list[Begun]) -> None:
         begun.session.stream.make_redrawn(begun.source)
     else:
         make_together([begun.session.stream for begun in batch])
+
+
+def _texts(order: StreamOrder, snapshot: Snapshot | None, turns: Sequence[Turn]) -> list[str]:
+    """The prompts that a stream needs from where it begins, or goes on."""
+    before, begins = [order.prompt], 0
+    if snapshot is not None:
+        before.append(snapshot.info["prompts"][-1][1])
+        begins = snapshot.info["frames_out"]
+    return list(dict.fromkeys([*before, *(turn.text for turn in turns if turn.frame >= begins)]))
 
 
 def _check_resumed(plan: StreamPlan, snapshot: Snapshot | None, frame: int) -> None:

@@ -189,12 +189,16 @@ class Session:
             self.seen = new[-1].end
         return Taken(tuple(self.pieces), self.state, self.reason, self.source_due)
 
-    def switch(self, text: str) -> Turn:
-        """From the next block on, follow `text`; what was not handed out is flushed."""
+    def switch(self, text: str, frame: int | None = None) -> Turn:
+        """From the next block on, follow `text`; what the viewer does not have is flushed.
+
+        frame: the first one that was handed out and that the viewer will not be shown; None: all of those are shown.
+        """
         self.check_runs()
-        block = max(self.begun, self.turns.last_block, self.layout.edge(self.seen))
-        turn = self.turns.switch(block, text, self.seen)
-        self.pieces = deque(piece for piece in self.pieces if piece.end <= self.seen)
+        had = self.seen if frame is None else min(max(frame, self.acknowledged), self.seen)
+        block = max(self.begun, self.turns.last_block, self.layout.edge(had))
+        turn = self.turns.switch(block, text, had)
+        self.pieces = deque(piece for piece in self.pieces if piece.end <= had)
         return turn
 
     def feed(self, frames: Pixels, now: float) -> None:

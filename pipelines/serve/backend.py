@@ -173,8 +173,8 @@ class PlacedStream:
         return taken
 
     async def prompt(self, text: str) -> Turn:
-        """Switch the prompt. What was taken and not passed on counts as flushed too: `next` moves on."""
-        turn: Turn = await self.call("prompt", text)
+        """Switch the prompt. What was taken and not passed on is flushed too: `next` moves on."""
+        turn: Turn = await self.call("prompt", text, self.next)
         flushed = max(0, turn.frame - self.next)
         if self.turns and self.turns[-1].block == turn.block:
             flushed = max(flushed, self.turns.pop().flushed)
@@ -191,8 +191,8 @@ class PlacedStream:
         """Call its worker. Gone where that has died, has let the stream go, or does not answer."""
         assert self._placed is not None
         try:
-            called = self._backend.call(self._placed.worker, method, self.order.stream, *arguments)
-            return await asyncio.wait_for(called, within)
+            async with asyncio.timeout(within):
+                return await self._backend.call(self._placed.worker, method, self.order.stream, *arguments)
         except WorkerGone as error:
             raise Gone(f"worker {self._placed.id} was lost: {error}") from None
         except Moved as error:

@@ -70,6 +70,8 @@ def deploy(
     read = read_config(config)
     keyring = read_keys(read.keys)
     check_access(read, has_keys=len(keyring) > 0)
+    for name, model in read.models.items():
+        _check_model(name, model)
     if show:
         typer.echo(yaml.safe_dump(application.serve_config(read), sort_keys=False), nl=False)
         return

@@ -25,9 +25,9 @@ class ModelConfig(Strict):
 
     cpus, gpus, memory_gb: what Ray sets aside for a worker. threads: of torch, in a worker; a whole number of `cpus` by
     default. stream_gb: memory for the streams of a worker. sessions: streams of a worker, at most; None leaves it to
-    memory and measured speed. ahead: chunks that are made before they are due. keep_every: blocks between snapshots.
-    size: height and width of streams that name none; the student's own by default. load: share of the measured speed
-    that is given away.
+    memory and measured speed. ahead: chunks that are made before they are due. keep_every: blocks between two snapshots
+    of a stream; by default 4, or as many as keep what is written below 100 MB per second of a stream. size: height and
+    width of streams that name none; the student's own by default. load: share of the measured speed that is given away.
     """
 
     path: str
@@ -42,7 +42,7 @@ class ModelConfig(Strict):
     stream_gb: Amount | None = None
     sessions: Positive | None = None
     ahead: Positive = 2
-    keep_every: Positive = 4
+    keep_every: Positive | None = None
     size: tuple[Positive, Positive] | None = None
     load: Annotated[float, Field(gt=0, le=1)] = 0.9
 

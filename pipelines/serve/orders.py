@@ -39,14 +39,15 @@ class Services:
 
 @dataclass
 class Opened:
-    """A stream that is to be placed. frames: how many it may show in all; None: without end. begun: seconds since 1970.
+    """A stream that is to be placed. image, video: what it begins with, to be kept; video: the file's bytes.
 
-    resumed: it ran before.
+    frames: how many it may show in all; None: without end. resumed: it ran before.
     """
 
     stream: PlacedStream
     record: SessionRecord
     image: Pixels | None
+    video: bytes | None
     frames: int | None
     source: SourceFrames | None
     resumed: bool
@@ -95,7 +96,9 @@ async def open_start(services: Services, message: Start, owner: str) -> Opened:
     fields = order.to_json() | {"frames": frames}
     record = SessionRecord(stream=order.stream, model=model, order=fields, owner=owner, begun=time.time())
     stream = PlacedStream(services.backend, model, order)
-    return Opened(stream, record, image, frames, _source(services, message), resumed=False)
+    video = _video(services, message)
+    source = _source(order, video)
+    return Opened(stream, record, image, video, frames, source, resumed=False)
 
 
 def _order(message: Start, height: int, width: int, image: Pixels | None) -> StreamOrder:
@@ -126,14 +129,20 @@ async def _image(services: Services, text: str, height: int, width: int) -> Pixe
     return await asyncio.to_thread(read_picture, "image", content, height, width)
 
 
-def _source(services: Services, message: Start) -> SourceFrames | None:
-    if message.source is None:
+def _video(services: Services, message: Start) -> bytes | None:
+    if message.source is None or message.source.video is None:
         return None
-    if message.source.video is None:
-        return Camera(0)
     content = read_base64("source.video", message.source.video)
     services.limits.check_size("source.video", len(content))
-    return File(content, message.frame_rate)
+    return content
+
+
+def _source(order: StreamOrder, video: bytes | None) -> SourceFrames | None:
+    """Where the frames come from that a stream redraws. A camera's first index is known when the stream is placed."""
+    if order.redraw is None:
+        return None
+    assert order.frame_rate is not None
+    return Camera(0) if video is None else File(video, order.frame_rate)
 
 
 async def find_record(services: Services, stream: str, owner: str) -> SessionRecord:
@@ -157,8 +166,8 @@ async def open_reconnect(services: Services, message: Reconnect, owner: str) -> 
     stream = PlacedStream(
         services.backend, record.model, replace(order, frames=None), turns=record.turns, frame=message.frame
     )
-    source = Camera(0) if order.redraw is not None else None  # its first index is known when the stream is placed
-    return Opened(stream, record, None, order.frames, source, resumed=True)
+    video = await asyncio.to_thread(services.state.read_video, record.stream)
+    return Opened(stream, record, None, None, order.frames, _source(order, video), resumed=True)
 
 
 def check_frame(services: Services, record: SessionRecord, frame: int) -> None:

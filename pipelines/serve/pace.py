@@ -1,7 +1,7 @@
 """The small clocks and logs of a live session. Times are arguments, so that each can be tested by itself."""
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ...actors.scheduler import Piece, Turn
 from .limits import Rate
@@ -136,6 +136,8 @@ class PromptLog:
         self._coming = _Coming(wanted, turn, flushed, replaced)
         if self.wanted is wanted:
             self.wanted = None
+        elif self.wanted is not None:  # it came while this one was being passed on, so it has not replaced it
+            self.wanted = replace(self.wanted, replaced=self.wanted.replaced - wanted.replaced - 1)
 
     def shown(self, first: int, chunk: int, now: float) -> PromptShown | None:
         """The record that belongs before a piece, if it is the first of a new prompt."""

@@ -317,6 +317,8 @@ def _member_status(member: Member, now: float) -> dict[str, Any]:
         "pid": member.info.pid if member.info else None,
         "node": member.info.node if member.info else None,
         "device": member.info.device if member.info else None,
+        "keep_every": member.info.keep_every if member.info else None,
+        "snapshot_bytes": member.info.snapshot_bytes if member.info else None,
         "streams": len(member.streams),
         "load": member.load,
         "room": member.room,

@@ -16,7 +16,7 @@ import ray
 from ray import serve
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
-from ...actors.scheduler import Busy, StreamOrder, Turn
+from ...actors.scheduler import Busy, StreamOrder, TooSlow, Turn
 from ...cluster.pool_host import reason_of_death
 from .placement import Fleet, FleetSettings, Member, Placed, Refused, Waiting
 from .worker import Moved, StreamWorker, WorkerSettings
@@ -186,24 +186,28 @@ class Pool:
             if order.stream in member.streams:  # its viewer came back before it had heard that the stream moves
                 member.streams.discard(order.stream)
                 await self._quietly(member, "close", order.stream)
+        outcomes = []
         for member in fleet.candidates(order.stream):
             outcome = await self._try(fleet, member, order, turns, frame)
-            if outcome is not None:
+            if isinstance(outcome, Placed) or (outcome is not None and outcome.code != "busy"):
                 return outcome
-        return None
+            outcomes.append(outcome)
+        # Too slow for this one stream, all of them, which may pass. Who streamed before waits for that.
+        resumed = frame > 0 or bool(turns)
+        return outcomes[0] if outcomes and None not in outcomes and not resumed else None
 
     async def _try(
         self, fleet: Fleet, member: Member, order: StreamOrder, turns: Sequence[Turn], frame: int
     ) -> Placed | Refused | None:
         for _ in range(2):
             try:
-                begins = await asyncio.wait_for(
-                    self.hands.call(member.handle, "open", order, tuple(turns), frame), OPEN_SECONDS
-                )
+                async with asyncio.timeout(OPEN_SECONDS):
+                    begins = await self.hands.call(member.handle, "open", order, tuple(turns), frame)
             except Busy as error:
                 if not await self._is_empty(member):
                     return None
-                refused = Refused(str(error))  # asked twice: the last stream may have left in between
+                # Asked twice: the last stream may have left in between.
+                refused = Refused(str(error), "busy" if isinstance(error, TooSlow) else "invalid")
             except Moved:
                 return None
             except WorkerGone as error:
@@ -222,7 +226,8 @@ class Pool:
     async def _is_empty(self, member: Member) -> bool:
         """Whether a worker has no stream at all: what it refuses now, it would always refuse."""
         try:
-            figures = await asyncio.wait_for(self.hands.call(member.handle, "stats"), ANSWER_SECONDS)
+            async with asyncio.timeout(ANSWER_SECONDS):
+                figures = await self.hands.call(member.handle, "stats")
         except (WorkerGone, TimeoutError):
             return False
         return not figures["here"]
@@ -261,8 +266,8 @@ class Pool:
     async def _tend(self, fleet: Fleet, member: Member) -> None:
         """One worker from its start to its end."""
         try:
-            ready = self.hands.call(member.handle, "ready")
-            info = await asyncio.wait_for(ready, fleet.settings.start_seconds)
+            async with asyncio.timeout(fleet.settings.start_seconds):
+                info = await self.hands.call(member.handle, "ready")
         except Exception as error:  # noqa: BLE001 -- whatever it is, it is told to those who wait, and in the status
             if member.id not in fleet.members:  # it was ended before it had started
                 return
@@ -277,11 +282,15 @@ class Pool:
 
     async def _look(self, fleet: Fleet, member: Member) -> None:
         try:
-            figures = await asyncio.wait_for(self.hands.call(member.handle, "stats"), ANSWER_SECONDS)
+            async with asyncio.timeout(ANSWER_SECONDS):
+                figures = await self.hands.call(member.handle, "stats")
         except WorkerGone as error:
             self._unreachable(fleet, member, error)
         except TimeoutError:
             self._unreachable(fleet, member, WorkerGone(f"no answer for {ANSWER_SECONDS:g} s", dead=False))
+        except Exception as error:  # noqa: BLE001 -- who cannot say how it is: told in the status, and replaced
+            reason = f"{type(error).__name__}: {error}"
+            self._unreachable(fleet, member, WorkerGone(reason, dead=False))
         else:
             fleet.update(member, figures)
             if figures["broken"]:
@@ -323,8 +332,9 @@ class Pool:
                     await self.hands.call(member.handle, "stop")
         except (WorkerGone, TimeoutError):
             pass  # what is still there goes on from its last snapshot, as after a crash
-        fleet.counts["drained"] += 1
-        self._end(fleet, member)
+        finally:
+            fleet.counts["drained"] += 1
+            self._end(fleet, member)
 
     def _end(self, fleet: Fleet, member: Member) -> None:
         if fleet.members.pop(member.id, None) is not None:
@@ -341,7 +351,8 @@ class Pool:
     async def _quietly(self, member: Member, method: str, *arguments: Any) -> None:
         """Call a worker that may be gone already."""
         try:
-            await asyncio.wait_for(self.hands.call(member.handle, method, *arguments), ANSWER_SECONDS)
+            async with asyncio.timeout(ANSWER_SECONDS):
+                await self.hands.call(member.handle, method, *arguments)
         except (WorkerGone, TimeoutError):
             return
 

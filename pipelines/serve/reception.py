@@ -50,7 +50,8 @@ async def _no_place(socket: Socket, error: NoPlace) -> None:
 async def _serve(services: Services, socket: Socket, owner: str) -> None:
     came = time.monotonic()
     try:
-        text = await asyncio.wait_for(socket.receive(), FIRST_SECONDS)
+        async with asyncio.timeout(FIRST_SECONDS):
+            text = await socket.receive()
     except TimeoutError:
         raise BadMessage("bad_message", f"no first message within {FIRST_SECONDS:g} s") from None
     if isinstance(text, bytes):

@@ -2,6 +2,9 @@
 
 Two tasks: one listens to the socket, the other alone talks to the worker. A viewer that does not keep up makes its own
 stream stand still. When the worker is lost or let go, the stream goes on on another one.
+
+Waits are bounded by `asyncio.timeout`, here and in all of the server: Python 3.11's `asyncio.wait_for` loses a
+cancellation that comes together with what it waits for, and a session whose tasks do not end never frees its stream.
 """
 
 import asyncio
@@ -58,7 +61,8 @@ async def take_over(stream: str) -> None:
     if old is not None:
         old.give_up("the stream goes on on another socket", NORMAL, "replaced")
         with suppress(TimeoutError):
-            await asyncio.wait_for(old.left.wait(), LEAVE_SECONDS)
+            async with asyncio.timeout(LEAVE_SECONDS):
+                await old.left.wait()
 
 
 async def go_away() -> None:
@@ -67,7 +71,8 @@ async def go_away() -> None:
     for session in sessions:
         session.give_up("the server goes away; reconnect", GOING_AWAY, "going away")
     with suppress(TimeoutError):
-        await asyncio.wait_for(asyncio.gather(*(session.left.wait() for session in sessions)), LEAVE_SECONDS)
+        async with asyncio.timeout(LEAVE_SECONDS):
+            await asyncio.gather(*(session.left.wait() for session in sessions))
 
 
 class LiveSession:
@@ -183,13 +188,14 @@ class LiveSession:
         rate = stream.order.frame_rate
         assert rate is not None
         # No farther than snapshots reach back; and so far that a viewer may say `seen` once per chunk.
-        reach = self._config.models[stream.model].keep_every * stream.frames_per_chunk
+        reach = stream.info.keep_every * stream.frames_per_chunk
         wanted = min(self._config.limits.unseen_seconds * rate, reach)
         self._unseen.most = max(2 * stream.frames_per_chunk, wanted)
         self._pace = Pace(rate, self._config.lead_seconds)
         height, width = stream.size
         self._encoder = await asyncio.to_thread(encoder, self._media, height, width, rate, self._quality)
-        await asyncio.to_thread(self._services.state.write_session, opened.record, opened.image)
+        await asyncio.to_thread(self._services.state.write_session, opened.record, opened.image, opened.video)
+        opened.image = opened.video = None
         await self._socket.send(
             Ready(
                 stream=opened.record.stream,
@@ -234,7 +240,8 @@ class LiveSession:
     async def _change(self, seconds: float) -> None:
         """Wait until something was heard, at most so long."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
 
     async def _attentively(self, work: Coroutine[Any, Any, T]) -> T:
         """The work's result; what is heard meanwhile is obeyed."""

@@ -34,7 +34,7 @@ STREAM_ID: Final = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 class SessionRecord(BaseModel):
-    """A viewer's session. order: what the stream was opened with, as JSON, without its image, which stands beside it.
+    """A viewer's session. order: what the stream was opened with, as JSON; its image or source video stands beside it.
 
     turns: its prompt switches, at rising blocks. owner: hash of the key that opened it. begun, ended: seconds since
     1970; ended None: it may go on.
@@ -80,8 +80,10 @@ class State:
 
     # --- Sessions --------------------------------------------------------------------------------------------------
 
-    def write_session(self, record: SessionRecord, image: Pixels | None = None) -> None:
-        """Write the record, in the place of the one before; image: uint8 [H, W, 3], given once."""
+    def write_session(self, record: SessionRecord, image: Pixels | None = None, video: bytes | None = None) -> None:
+        """Write the record, in the place of the one before; image (uint8 [H, W, 3]) and video (a file) come once."""
+        if video is not None:
+            self.storage.publish(_session(record.stream, "video"), video, replace=True)
         if image is not None:
             file = io.BytesIO()
             Image.fromarray(image).save(file, "PNG")
@@ -103,6 +105,11 @@ class State:
         if not self.storage.exists(name):
             return None
         return np.array(Image.open(io.BytesIO(self.storage.read(name))).convert("RGB"))
+
+    def read_video(self, stream: str) -> bytes | None:
+        """The source video's file that the session was begun with."""
+        name = _session(stream, "video")
+        return self.storage.read(name) if self.storage.exists(name) else None
 
     # --- Snapshots -------------------------------------------------------------------------------------------------
 
@@ -135,7 +142,8 @@ class State:
         """Remove the session and its snapshots; what is gone already is no error."""
         self.let_go(stream)
         names = [_snapshot(stream, slot) for slot in range(KEPT)]
-        for name in (*names, _session(stream, "png"), _session(stream, "json")):
+        names += [_session(stream, suffix) for suffix in ("png", "video", "json")]
+        for name in names:
             self.storage.delete(name)
 
     def sweep(self, older_than: float) -> list[str]:

@@ -5,6 +5,7 @@ it: snapshots are in the store, prompts and the next frame are with whoever take
 """
 
 import asyncio
+import math
 import os
 import threading
 import time
@@ -17,8 +18,9 @@ from typing import Any, Final, Literal, TypeVar
 
 import torch
 
+from ...actors.admission import LIVE_RATE
 from ...actors.generator import Student
-from ...actors.scheduler import Busy, Piece, Scheduler, StreamOrder, Taken, Turn
+from ...actors.scheduler import Piece, Scheduler, StreamOrder, Taken, TooSlow, Turn
 from ...actors.streams import Snapshot
 from ...actors.timeline import Layout
 from ...kernels.clips import Pixels
@@ -29,6 +31,9 @@ LONGEST_WAIT: Final = 10.0  # seconds that one `take` may wait
 CALLS: Final = 32  # threads, started when needed, for calls that end soon
 WAITS: Final = 1024  # and for each `take` that waits
 JANITOR_SECONDS: Final = 1.0
+MEASURE_AGAIN: Final = 10.0  # seconds between two measurements of a worker that finds itself too slow for any stream
+KEEP_RATE: Final = 100e6  # bytes per second of a stream's life that its snapshots may come to, unless told otherwise
+KEEP_DISTANCE: Final = 4  # blocks between two snapshots that are small
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -37,8 +42,9 @@ class WorkerSettings:
     """How a worker runs. path: the student's folder; state: address of the store, None: snapshots are not kept.
 
     dtype: "float32" or "bfloat16", None: the device's default. threads: of torch. budget: bytes of streams.
-    size: height and width that the worker is warmed up with, None: the student's own. abandoned_seconds: after so long
-    without any call a stream is closed.
+    keep_every: blocks between two snapshots of a stream, None: as `usual_distance` has it. size: height and width of
+    orders that name none, which the worker is warmed up with; None: the student's own. abandoned_seconds: after so
+    long without any call a stream is closed.
     """
 
     path: str
@@ -49,7 +55,7 @@ class WorkerSettings:
     budget: int | None = None
     sessions: int | None = None
     ahead: int = 2
-    keep_every: int = 4
+    keep_every: int | None = None
     load: float = 0.9
     size: tuple[int, int] | None = None
     batches: tuple[int, ...] = (1, 2, 4)
@@ -60,8 +66,8 @@ class WorkerSettings:
 class WorkerInfo:
     """A worker that is ready. fingerprint: of its student; snapshots go from one worker to another if it is the same.
 
-    size: the default height and width. temporal: frames of a latent frame after the first. block, first_block: latent
-    frames.
+    size: height and width of orders that name none. temporal: frames of a latent frame after the first. block,
+    first_block: latent frames. keep_every: blocks between two snapshots of a stream. snapshot_bytes: of one.
     """
 
     id: str
@@ -75,6 +81,8 @@ class WorkerInfo:
     block: int
     first_block: int
     temporal: int
+    keep_every: int
+    snapshot_bytes: int
 
 
 @dataclass(frozen=True)
@@ -106,6 +114,13 @@ class _Leaving:
 
     pieces: tuple[Piece, ...]
     then: Taken | Moving
+
+
+def usual_distance(snapshot_bytes: int, block_seconds: float) -> int:
+    """Blocks between two snapshots of a stream that plays in real time: a few, or as many as keep the store's writes at
+    `KEEP_RATE`. Wan2.1's window at 832x480 is some gigabytes.
+    """
+    return max(KEEP_DISTANCE, math.ceil(snapshot_bytes / KEEP_RATE / block_seconds))
 
 
 class StreamWorker:
@@ -183,9 +198,7 @@ class StreamWorker:
         if await self._is_here(order, log, frame):
             return frame
         self._check_admits()
-        refusal = await self._call(self.scheduler.has_room, order)
-        if refusal is not None:
-            raise Busy(refusal)
+        await self._check_room(order)
         snapshot = await self._call(self._newest, order, tuple(turns), frame) if frame else None
         self._check_admits()
         await self._call(lambda: self.scheduler.open(order, snapshot=snapshot, turns=turns, frame=frame))
@@ -206,9 +219,12 @@ class StreamWorker:
                 return taken
         return self._last_of(stream, frame)
 
-    async def prompt(self, stream: str, text: str) -> Turn:
-        """Switch the prompt from the next block edge on. Moved where the stream has left."""
-        turn = await self._control(stream, lambda: self.scheduler.prompt(stream, text))
+    async def prompt(self, stream: str, text: str, frame: int | None = None) -> Turn:
+        """Switch the prompt from the next block edge on. Moved where the stream has left.
+
+        frame: the first one that was taken and will not be shown.
+        """
+        turn = await self._control(stream, lambda: self.scheduler.prompt(stream, text, frame))
         if stream in self._here:
             log = self._here[stream].turns
             log[:] = [*(entry for entry in log if entry[0] != turn.block), (turn.block, text)]
@@ -248,16 +264,20 @@ class StreamWorker:
         )
         self._layout = Layout.of(self.student.settings, self.student.vae.temporal_factor)
         self._keeper = None if self.state is None else Keeper(self.state, self._layout)
+        size = settings.size or self.student.default_size
+        snapshot_bytes = self._snapshot_bytes(*size)
+        keep_every = settings.keep_every or usual_distance(snapshot_bytes, self._layout.size(1) / LIVE_RATE)
         self.scheduler = Scheduler(
             self.student,
             sessions=settings.sessions,
             ahead=settings.ahead,
-            keep_every=settings.keep_every,
+            keep_every=keep_every,
             keep=self._keeper.put if self._keeper else None,
             load=settings.load,
+            size=size,
         )
-        size = settings.size or self.student.default_size
         self.scheduler.measure(*size, settings.batches)
+        self._measured = time.monotonic()
         self._thread = threading.Thread(target=self._run, name="scheduler", daemon=True)
         self._thread.start()
         return WorkerInfo(
@@ -272,7 +292,14 @@ class StreamWorker:
             block=self.student.settings.block,
             first_block=self.student.settings.size_of(0),
             temporal=self.student.vae.temporal_factor,
+            keep_every=keep_every,
+            snapshot_bytes=snapshot_bytes,
         )
+
+    def _snapshot_bytes(self, height: int, width: int) -> int:
+        """Of a stream whose window is full."""
+        parts = self.student.bytes_per_stream(height, width)
+        return parts.kv_cache + parts.vae_states + parts.history
 
     def _run(self) -> None:
         try:
@@ -286,6 +313,17 @@ class StreamWorker:
         self._thread.join()
         if self._keeper:
             self._keeper.stop()
+
+    async def _check_room(self, order: StreamOrder) -> None:
+        """Busy where there is no room. A worker without streams that is too slow is measured once more: it may have
+        been so for a while only, and would not learn of better times."""
+        refusal = await self._call(self.scheduler.refusal, order)
+        if isinstance(refusal, TooSlow) and not self._here and time.monotonic() - self._measured > MEASURE_AGAIN:
+            self._measured = time.monotonic()
+            await self._call(self.scheduler.measure_again)
+            refusal = await self._call(self.scheduler.refusal, order)
+        if refusal is not None:
+            raise refusal
 
     def _newest(self, order: StreamOrder, turns: Sequence[Turn], frame: int) -> Snapshot | None:
         """The newest snapshot that a stream of this order, prompts and student would have made."""

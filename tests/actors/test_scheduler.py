@@ -16,7 +16,7 @@ import torch
 
 from reelway.actors.admission import Kind, Speeds
 from reelway.actors.generator import Student
-from reelway.actors.scheduler import Busy, Piece, Scheduler, StreamOrder, Turn
+from reelway.actors.scheduler import Busy, Piece, Scheduler, StreamOrder, TooSlow, Turn
 from reelway.actors.streams import Redraw, Snapshot
 
 SIZE = 16  # pixels: the smallest there is
@@ -261,7 +261,7 @@ def test_a_stream_is_refused_exactly_when_the_load_would_pass_the_limit(student:
         load = streams * 16 / 12 * best[streams]
         wanted = StreamOrder(f"s{streams}", RED)
         if load <= 0.9:
-            assert scheduler.has_room(wanted) is None
+            assert scheduler.refusal(wanted) is None
             scheduler.open(wanted)
             assert scheduler.capacity()["load"] == pytest.approx(load)
             continue
@@ -271,7 +271,7 @@ def test_a_stream_is_refused_exactly_when_the_load_would_pass_the_limit(student:
     assert scheduler.capacity()["most_by_speed"] == 7
     scheduler.open(StreamOrder("job", RED, frame_rate=None))  # takes what is left
     scheduler.close_stream("s3")
-    assert scheduler.has_room(StreamOrder("s8", RED)) is None
+    assert scheduler.refusal(StreamOrder("s8", RED)) is None
 
 
 def test_admission_with_the_real_clock_follows_what_was_measured(student: Student) -> None:
@@ -282,13 +282,44 @@ def test_admission_with_the_real_clock_follows_what_was_measured(student: Studen
     rate = 0.35 * 12 / measured[1]  # two fit, four at the very best of batching do not always
     for count in range(1, 20):
         share = min(measured[1], measured[2] / 2) if count > 1 else measured[1]
-        refusal = scheduler.has_room(order(f"s{count}", frame_rate=rate))
+        refusal = scheduler.refusal(order(f"s{count}", frame_rate=rate))
         assert (refusal is not None) == (count * rate / 12 * share > 0.9), (count, refusal)
         if refusal:
             break
         scheduler.open(order(f"s{count}", frame_rate=rate))
     assert count > 1
-    assert re.search(r"of 0\.9 \(.* s per block of 12 frames\)", refusal or "")
+    assert re.search(r"of 0\.9 \(.* s per block of 12 frames\)", str(refusal))
+
+
+def test_a_measurement_is_made_again_and_scales_what_is_known(student: Student) -> None:
+    """What a busy machine has measured is far too slow: batches and other sizes follow the one that is timed."""
+    scheduler = Scheduler(student, size=(SIZE, SIZE))
+    usual, other = Kind(SIZE, SIZE, False), Kind(2 * SIZE, SIZE, False)
+    for kind, batch, seconds in ((usual, 1, 100.0), (usual, 2, 150.0), (other, 1, 300.0)):
+        scheduler.speeds.saw_made(kind, batch, seconds)
+    with pytest.raises(TooSlow, match=r"^speed: "):
+        scheduler.open(order())
+    scheduler.measure_again()
+    now = scheduler.speeds.making(usual, 1)
+    assert now is not None
+    assert now < 20
+    assert scheduler.speeds.making(usual, 2) == pytest.approx(1.5 * now)
+    assert scheduler.speeds.making(other, 1) == pytest.approx(3 * now)
+    assert student.bytes_open == 0
+
+
+def test_orders_that_name_no_size_have_the_schedulers(student: Student) -> None:
+    scheduler = Scheduler(student, size=(2 * SIZE, SIZE))
+    scheduler.open(StreamOrder("plain", RED, frames=9))
+    scheduler.open(StreamOrder("wide", RED, width=3 * SIZE, frames=9))
+    scheduler.open(StreamOrder("image", RED, frames=9, image=np.zeros((SIZE, SIZE, 3), np.uint8)))
+    seen = watch(scheduler, "plain", "wide", "image")
+    assert [joined(pieces).shape[1:3] for pieces in seen.values()] == [
+        (2 * SIZE, SIZE),
+        (2 * SIZE, 3 * SIZE),
+        (SIZE, SIZE),
+    ]
+    assert scheduler.capacity()["bytes_per_stream"] == student.bytes_per_stream(2 * SIZE, SIZE).total
 
 
 def test_memory_and_sessions_have_their_limits(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -435,6 +466,52 @@ def test_a_switch_leaves_pieces_that_were_taken_but_not_acknowledged(student: St
     taken = scheduler.take("one", 0).pieces
     assert scheduler.prompt("one", BLUE).flushed == 0
     assert scheduler.take("one", 0).pieces == taken
+
+
+def test_what_was_taken_ahead_and_not_shown_is_dropped_and_its_time_is_the_new_prompts(student: Student) -> None:
+    """A gateway has taken two chunks and shown 5 frames: the new prompt's first frame is due as the sixth would be."""
+    clock = Clock()
+    scheduler = Scheduler(student, ahead=2, clock=clock)
+    scheduler.open(order(frames=45))
+    work(scheduler)
+    taken = scheduler.take("one", 0).pieces
+    assert taken[-1].end == 21
+    clock.now = 0.25
+    assert scheduler.prompt("one", BLUE, 5) == Turn(2, BLUE, index=1, frame=21, flushed=16)
+    assert scheduler.prompt("one", RED, 21) == Turn(2, RED, index=1, frame=21, flushed=16)  # takes its place
+    work(scheduler)
+    rest = scheduler.take("one", 21).pieces
+    assert rest[0].first == 21
+    assert rest[0].late == pytest.approx(0.25 - 5 / 16)
+    assert len(joined(watch(scheduler, "one", frame=21)["one"])) == 45 - 5
+
+
+def test_a_text_is_encoded_beside_the_work(student: Student, monkeypatch: pytest.MonkeyPatch) -> None:
+    """While one stream's prompt, and a new stream's, are with a slow encoder, another stream's pictures come."""
+    encoder, free, entered = student.encoder, threading.Event(), threading.Semaphore(0)
+
+    def slow(prompts: list[str]) -> Any:
+        entered.release()
+        assert free.wait(60)
+        return encoder(prompts)
+
+    scheduler = Scheduler(student)
+    for name in ("one", "two"):
+        scheduler.open(job(name))
+    monkeypatch.setattr(student, "encoder", slow)
+    with running(scheduler), ThreadPoolExecutor(2) as threads:
+        turn = threads.submit(scheduler.prompt, "one", "a text that was never seen")
+        opened = threads.submit(scheduler.open, job("three", "another such text"))
+        assert entered.acquire(timeout=60)
+        frame = 0
+        while frame < 45:
+            frame = max([frame, *(piece.end for piece in scheduler.take("two", frame, 60).pieces)])
+        assert not turn.done()
+        assert not opened.done()
+        free.set()
+        assert turn.result(60).index == 1
+        opened.result(60)
+    assert student.context.cache_info().hits >= 2  # the working thread found both
 
 
 def test_a_switch_while_a_block_is_being_made_holds_from_the_one_after(
@@ -665,7 +742,7 @@ def test_control_calls_from_many_threads_leave_every_stream_whole(student: Stude
                 scheduler.stats()
                 scheduler.resume(name)
             elif chance < 0.4:
-                scheduler.has_room(order("another"))
+                scheduler.refusal(order("another"))
                 scheduler.capacity()
             taken = scheduler.take(name, frame, timeout=dice.choice((0.0, 1.0)))
             pieces += taken.pieces

@@ -174,6 +174,26 @@ def test_of_prompts_that_wait_the_last_one_wins() -> None:
     assert log.shown(73, 6, 4.6) is None
 
 
+def test_a_prompt_that_was_passed_on_is_not_counted_as_replaced() -> None:
+    """The second one comes while the first is on its way to the worker, the third while the second waits."""
+    log = PromptLog(Rate(100, 1.0))
+    log.want("a", 0.0)
+    first = log.wanted
+    assert first is not None
+    log.want("b", 0.1)
+    log.want("c", 0.2)
+    log.took(first, Turn(5, "a", 1, 57, 0), 0)
+    shown = log.shown(57, 5, 1.0)
+    assert shown is not None
+    assert (shown.text, shown.replaced) == ("a", 0)
+    last = log.wanted
+    assert last is not None
+    log.took(last, Turn(7, "c", 2, 81, 0), 0)
+    shown = log.shown(81, 7, 2.0)
+    assert shown is not None
+    assert (shown.text, shown.replaced) == ("c", 1)
+
+
 def test_prompts_have_a_rate() -> None:
     log = PromptLog(Rate(2, 1.0))
     log.want("a", 0.0)

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from reelway.actors.generator import Student
-from reelway.actors.scheduler import Busy, StreamOrder, Turn
+from reelway.actors.scheduler import Busy, StreamOrder, TooSlow, Turn
 from reelway.cluster.session import Session
 from reelway.pipelines.serve import pool as pool_module
 from reelway.pipelines.serve.placement import (
@@ -35,6 +35,7 @@ from reelway.pipelines.serve.worker import Moved, StreamWorker, WorkerInfo, Work
 MODEL = "tiny"
 PROMPT = "a small red star drifts left"
 LEVEL = 2  # of grey, of 256: what another batch may cost
+TOO_FAST = 999  # frames per second that no played worker can keep
 
 
 def capacity(sessions: int = 0, most: int | None = None, load: float = 0.0) -> dict[str, Any]:
@@ -51,7 +52,7 @@ def capacity(sessions: int = 0, most: int | None = None, load: float = 0.0) -> d
 
 
 def info(worker: str = "w", fingerprint: str = "same") -> WorkerInfo:
-    return WorkerInfo(worker, "here", 1, MODEL, "cpu", fingerprint, capacity(), (32, 32), 3, 3, 4)
+    return WorkerInfo(worker, "here", 1, MODEL, "cpu", fingerprint, capacity(), (32, 32), 3, 3, 4, 4, 10**6)
 
 
 def order(stream: str = "one", **changes: Any) -> StreamOrder:
@@ -236,6 +237,8 @@ class Played:
         await asyncio.sleep(0)
         if self.draining:
             raise Moved("it is draining")
+        if order.frame_rate == TOO_FAST and not self.here:
+            raise TooSlow("speed: the load would be 9.000 of 0.9")
         if order.frame_rate == 1000 or len(self.here) >= (self.settings.sessions or 1):
             raise Busy(f"sessions: {len(self.here)} are open")
         if order.prompt == "":
@@ -348,6 +351,31 @@ def test_what_can_never_be_served_is_refused_with_its_reason(quick: None) -> Non
         assert isinstance(await pool.place(MODEL, order("two", frame_rate=1000)), Waiting)
 
     play(body, sessions=2)
+
+
+def test_workers_that_are_too_slow_for_now_are_no_fault_of_the_order(quick: None) -> None:
+    """A machine may be busy: who begins is told so, who streamed before waits."""
+
+    async def body(pool: Pool, hands: PlayedHands) -> None:
+        slow = order(frame_rate=TOO_FAST)
+        assert await pool.place(MODEL, slow) == Refused("speed: the load would be 9.000 of 0.9", "busy")
+        assert isinstance(await pool.place(MODEL, slow, frame=12), Waiting)
+        await placed(pool, "one")  # on one of the two, which is no longer asked whether it is slow
+        assert isinstance(await pool.place(MODEL, order("two", frame_rate=TOO_FAST)), Waiting)
+
+    play(body, sessions=1, min_workers=2, max_workers=2)
+
+
+def test_a_worker_that_cannot_say_how_it_is_is_replaced(quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def body(pool: Pool, hands: PlayedHands) -> None:
+        async def broken() -> dict[str, Any]:
+            raise RuntimeError("cannot schedule new futures after shutdown")
+
+        monkeypatch.setattr(hands.started[0], "stats", broken)
+        await until(lambda: hands.started[0].dead and pool.fleets[MODEL].of("ready"))
+        assert "cannot schedule new futures" in (await pool.status())[MODEL]["error"]
+
+    play(body)
 
 
 def test_a_dead_worker_is_replaced_and_its_streams_come_before_those_who_wait(quick: None) -> None:

@@ -53,6 +53,15 @@ def test_a_session_comes_back_with_its_image(state: State) -> None:
     assert state.read_image("two") is None
 
 
+def test_a_source_video_is_kept_with_its_session_and_forgotten_with_it(state: State) -> None:
+    state.write_session(record(), video=b"a file of a video")
+    state.write_session(record(frames_taken=12))
+    assert State(state.storage.uri).read_video("one") == b"a file of a video"
+    assert state.read_video("two") is None
+    state.forget("one")
+    assert state.read_video("one") is None
+
+
 def test_a_session_that_is_not_there_or_broken_is_said_in_one_line(state: State) -> None:
     with pytest.raises(FileNotFoundError, match=r"sessions/one\.json: no such file"):
         state.read_session("one")

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 
 from reelway.actors.generator import Student
-from reelway.actors.scheduler import Busy, Piece, StreamOrder, Turn
+from reelway.actors.scheduler import Busy, Piece, StreamOrder, TooSlow, Turn
+from reelway.pipelines.serve import worker as worker_module
 from reelway.pipelines.serve.worker import Moved, Moving, StreamWorker, WorkerSettings
 
 RED, BLUE = "a small red star drifts left", "two blue circles on white"
@@ -102,6 +103,8 @@ def test_a_worker_gives_the_video_of_the_bare_stream(settings: WorkerSettings, s
     async def body(worker: StreamWorker) -> None:
         info = await worker.ready()
         assert (info.size, info.block, info.first_block, info.temporal) == ((32, 32), 3, 3, 4)
+        parts = student.bytes_per_stream(32, 32)
+        assert (info.keep_every, info.snapshot_bytes) == (1, parts.kv_cache + parts.vae_states + parts.history)
         assert info.fingerprint == student.fingerprint
         frames: Frames = {}
         assert await worker.open(order(frames=45)) == 0
@@ -126,6 +129,31 @@ def test_a_worker_without_room_says_so(settings: WorkerSettings) -> None:
         await worker.open(order("two"))
 
     with_workers(replace(settings, sessions=1), 1, body)
+
+
+def test_a_worker_that_was_measured_on_a_busy_machine_looks_again(
+    settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else would ever tell it: what it refuses, it does not make."""
+
+    async def body(worker: StreamWorker) -> None:
+        live = order(frame_rate=0.1)
+        worker.scheduler.speeds.scale(1e6)
+        with pytest.raises(TooSlow, match=r"^speed: "):  # it has measured a moment ago
+            await worker.open(live)
+        monkeypatch.setattr(worker_module, "MEASURE_AGAIN", 0.0)
+        await worker.open(live)
+        assert (await worker.stats())["here"] == [STREAM]
+
+    with_workers(settings, 1, body)
+
+
+def test_large_snapshots_are_taken_less_often() -> None:
+    """At most 100 MB per second of a stream, and no more often than every 4 blocks."""
+    assert worker_module.usual_distance(4_200_000, 0.75) == 4
+    assert worker_module.usual_distance(300_000_000, 0.75) == 4
+    assert worker_module.usual_distance(6_000_000_000, 0.75) == 80
+    assert worker_module.usual_distance(6_000_000_001, 0.75) == 81
 
 
 def test_a_viewer_that_comes_back_goes_on(settings: WorkerSettings, student: Student) -> None:
