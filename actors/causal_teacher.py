@@ -9,6 +9,7 @@ from ..kernels.causal.many_step import ManyStepGenerator
 from ..kernels.causal.student import StudentSettings
 from ..kernels.clips import Pixels
 from ..kernels.diffusion.noise import SampleKey
+from ..kernels.precision import autocast as fast_autocast
 from .pretraining import to_video
 from .teacher import Teacher
 
@@ -16,7 +17,7 @@ from .teacher import Teacher
 class CausalTeacher:
     """Streams clips: guided Euler steps for each block, which is decoded as it comes.
 
-    networks: text encoder, VAE and transformer, held as a teacher's are. autocast: run them in bfloat16.
+    networks: text encoder, VAE and transformer, held as a teacher's are. autocast: in bfloat16, where it is fast.
     """
 
     def __init__(
@@ -64,4 +65,4 @@ class CausalTeacher:
             yield to_video(pixels)[0].cpu().numpy()
 
     def _precision(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=self._autocast)
+        return fast_autocast(self.device, enabled=self._autocast)

@@ -13,6 +13,9 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ..kernels.precision import fast_dtype
+from .muon import Muon
+
 SMALLEST_MATRIX = 8  # weights with a side below this are no matrices for Muon
 FILE = "engine.pt"
 
@@ -75,6 +78,14 @@ class Ranks(Protocol):
         """The mean over ranks of each value; every rank gives the same names."""
         ...
 
+    def share(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor, on every rank; every rank gives one of the same shape, dtype and kind of device."""
+        ...
+
+    def gather(self, text: str) -> list[str]:
+        """The texts of all ranks, in order, on every rank."""
+        ...
+
     def barrier(self) -> None:
         """Wait for all."""
         ...
@@ -91,6 +102,12 @@ class OneRank:
 
     def mean(self, values: dict[str, float]) -> dict[str, float]:
         return values
+
+    def share(self, tensor: Tensor) -> Tensor:
+        return tensor
+
+    def gather(self, text: str) -> list[str]:
+        return [text]
 
     def barrier(self) -> None:
         pass
@@ -126,8 +143,8 @@ class OptimizerSettings:
 class TorchEngine:
     """Trains one network in one process.
 
-    precision: of matrix products in a forward pass; float32 switches autocast off. Without an `ema_decay` the
-    average is the network itself, and costs no memory.
+    precision: of matrix products in a forward pass, the fast one by default; float32 switches autocast off. Without
+    an `ema_decay` the average is the network itself, and costs no memory.
     """
 
     def __init__(
@@ -135,18 +152,18 @@ class TorchEngine:
         network: nn.Module,
         settings: OptimizerSettings,
         device: torch.device | str = "cpu",
-        precision: torch.dtype = torch.bfloat16,
+        precision: torch.dtype | None = None,
     ) -> None:
         self.network = network.to(device)
         self.settings = settings
         self.device = torch.device(device)
-        self.precision = precision
+        self.precision = precision or fast_dtype(device)
         self.updates = 0
         averages = settings.ema_decay > 0
         self.average = copy.deepcopy(self.network).requires_grad_(False) if averages else self.network
         self._loss: Tensor | None = None  # of the update that is being accumulated
         matrices = _matrices(self.network) if settings.muon else []
-        # torch's Muon takes matrices: a kernel enters as a view [outputs, the rest] of its own memory.
+        # Muon takes matrices: a kernel enters as a view [outputs, the rest] of its own memory.
         self._views = [(weight, nn.Parameter(weight.detach().flatten(1))) for weight in matrices]
         self._optimizers = _optimizers(self.network, self._views, settings)
 
@@ -232,6 +249,14 @@ class TorchEngine:
         self.updates = state["updates"]
 
 
+def computed_dtype(engine: Engine) -> torch.dtype:
+    """What an engine's forward pass computes matrix products in."""
+    with engine.autocast():
+        if torch.is_autocast_enabled(engine.device.type):
+            return torch.get_autocast_dtype(engine.device.type)
+    return next(engine.network.parameters()).dtype
+
+
 def _whole(network: nn.Module) -> dict[str, Tensor]:
     """A copy of the weights, fp32, on the CPU."""
     state = network.state_dict()
@@ -258,5 +283,5 @@ def _optimizers(
     adamw = torch.optim.AdamW(rest, rate, settings.betas, weight_decay=decay, fused=True)
     if not views:
         return [adamw]
-    muon = torch.optim.Muon([view for _, view in views], rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+    muon = Muon([view for _, view in views], rate, decay)
     return [adamw, muon]

@@ -24,6 +24,7 @@ from ..cluster.storage import Storage
 from ..kernels.diffusion.noise import SampleKey, draw_noise
 from ..kernels.diffusion.sampler import euler_trajectory
 from ..kernels.diffusion.schedule import MAX_TIMESTEP, uniform_timesteps
+from ..kernels.precision import autocast
 from ..kernels.wan.config import TEXT_LENGTH
 from .model_files import velocity_digest
 
@@ -161,7 +162,7 @@ class TrajectoryWorker:
     def embed(self, prompts: Sequence[str]) -> list[Tensor]:
         """Each prompt's own rows of text embeddings, [n, D], without padding, in the stored dtype."""
         ids, mask = self.teacher.encoder.tokenize(prompts)
-        precision = torch.autocast(self.teacher.device.type, torch.bfloat16, enabled=self.settings.autocast)
+        precision = autocast(self.teacher.device, enabled=self.settings.autocast)
         with precision, torch.no_grad():
             rows = self.teacher.encoder.embed(ids, mask).rows
         rows = rows.to(self.settings.storage_dtype).cpu()

@@ -1,4 +1,4 @@
-"""`reelway pretrain`: the VAE, the latents, the teacher, one after the other; what is done is skipped.
+"""`reelway pretrain`: the VAE, the text encoder, the latents, the teacher, in this order; what is done is skipped.
 
 With `--latents` and `--init`: a given teacher, trained further on latent shards.
 """
@@ -18,6 +18,7 @@ from .models import write_model
 from .pretraining.finetune import check_inputs, fine_tune, origin
 from .pretraining.latents import make_latents
 from .pretraining.teacher import train_teacher
+from .pretraining.text import train_text
 from .pretraining.vae import train_vae
 from .recipe import TINY, FineTuneRecipe, PretrainRecipe, fingerprint, load_recipe
 from .training import differences
@@ -29,6 +30,7 @@ app = typer.Typer(add_completion=False, help="Train a tiny VAE, text encoder and
 
 class Stage(enum.StrEnum):
     vae = "vae"
+    text = "text"
     latents = "latents"
     teacher = "teacher"
 
@@ -94,11 +96,13 @@ def pretrain(recipe: PretrainRecipe, run: Path, *, stages: set[Stage], device: s
     _claim(run, "pretrain", recipe.model_dump(mode="json"))
     if Stage.vae in stages:
         train_vae(recipe, run, device)
+    encoder = train_text(recipe, run, device) if stages & {Stage.text, Stage.teacher} else None
     if Stage.latents in stages:
         make_latents(recipe, run, device)
     if Stage.teacher in stages:
-        learner = train_teacher(recipe, run, device)
-        write_model(run / "model", *learner.averaged(), shift=recipe.teacher.shift)
+        assert encoder is not None
+        transformer = train_teacher(recipe, run, encoder, device)
+        write_model(run / "model", transformer, encoder, shift=recipe.teacher.shift)
 
 
 def tune(recipe: FineTuneRecipe, run: Path, latents: Storage, init: Path, *, device: str = "cpu") -> None:

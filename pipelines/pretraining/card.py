@@ -66,7 +66,10 @@ def _text(recipe: PretrainRecipe, run: Path, graded: dict[str, Any], device: str
         columns=" | ".join(scores),
         bars="---|" * len(scores),
         rows=rows,
-        clips=recipe.teacher.clips,
+        clips=", ".join(f"{count:,} of {frames}" for frames, count in recipe.teacher.clips.items()),
+        text_steps=recipe.text.steps,
+        text_batch=recipe.text.batch,
+        map_weight=recipe.teacher.map_weight,
         level=recipe.world.level,
         size=recipe.world.size,
         frames=recipe.world.frames,
@@ -90,8 +93,8 @@ def _curves(recipe: PretrainRecipe, run: Path) -> list[list[dict[str, float]]]:
 
 
 def _phase(phase: TeacherPhaseRecipe) -> str:
-    lengths = ", ".join(map(str, phase.lengths))
-    return f"{phase.steps:,} updates of {phase.batch} clips of {lengths} latent frames in turn"
+    turns = ", ".join(f"{turn.clips} of {turn.frames}" for turn in phase.turns)
+    return f"{phase.steps:,} updates on clips of so many latent frames: {turns}" + " in turn" * (len(phase.turns) > 1)
 
 
 def _in_words(device: dict[str, Any]) -> str:
@@ -125,9 +128,10 @@ video = pipeline(prompt, height={size}, width={size}, num_frames={frames}, guida
 
 | | |
 |---|---|
-| data | {clips} rendered clips of level {level}, train split, encoded once |
-| objective | flow matching with 10 % prompt drop; text encoder trained along |
-| training | {phases}; Muon and AdamW, bfloat16 autocast, averaged weights exported |
+| data | rendered clips of level {level}, train split, encoded once; by length in latent frames: {clips} |
+| text encoder | {text_steps:,} updates of {text_batch} captions, whose attributes it learns to tell; then frozen |
+| objective | flow matching, 10 % prompt drop; the middle block also tells what each token shows (weight {map_weight}) |
+| training | {phases}; Muon and AdamW, mixed precision, averaged weights exported |
 | seed, recipe | {seed}, `configs/tiny.yaml`, fingerprint `{fingerprint}` |
 | loss at the end | {loss:.3f} (mean of the last 100 steps) |
 | time | {hours:.1f} h of training; graded on {hardware} |

@@ -9,7 +9,7 @@ import torch
 from ...actors.encoder import vae_digest
 from ...actors.engine import OptimizerSettings
 from ...actors.model_files import check_model, transformer_config, velocity_digest
-from ...actors.pretraining import TeacherBatch, TeacherTuner
+from ...actors.pretraining import TeacherBatch, TeacherLearner
 from ...actors.teacher import Teacher
 from ...cluster.dataset import INFO, DatasetInfo, read_dataset
 from ...cluster.manifest import read_manifest
@@ -34,7 +34,7 @@ def fine_tune(recipe: FineTuneRecipe, run: Path, latents: Storage, init: Path, d
     """
     teacher = Teacher.from_pretrained(init, device)
     settings = OptimizerSettings(total_steps=recipe.steps, **recipe.optimizer.model_dump())
-    tuner = TeacherTuner(teacher.transformer, teacher.encoder, settings, device)
+    tuner = TeacherLearner(teacher.transformer, teacher.encoder, settings, device)
     clips = _open_clips(latents, recipe)
     folder = run / "teacher"
 
@@ -59,7 +59,7 @@ def _open_clips(latents: Storage, recipe: FineTuneRecipe) -> Lane:
 class TuningRun:
     """A learner and its data, in one checkpoint: what was learned and what was read never come apart."""
 
-    def __init__(self, tuner: TeacherTuner, clips: Lane) -> None:
+    def __init__(self, tuner: TeacherLearner, clips: Lane) -> None:
         self._tuner, self._clips = tuner, clips
 
     def step(self, batch: TeacherBatch) -> dict[str, float]:
@@ -105,7 +105,7 @@ def _check_latents(storage: Storage, info: DatasetInfo, config: TransformerConfi
         raise ValueError(f"{where}: {error}") from None
 
 
-def export(init: Path, folder: Path, tuner: TeacherTuner) -> None:
+def export(init: Path, folder: Path, tuner: TeacherLearner) -> None:
     """Write the averaged weights in bfloat16, and beside them what the model came with."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in COPIED:

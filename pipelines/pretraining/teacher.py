@@ -1,4 +1,4 @@
-"""Stage 3: the teacher and its text encoder, trained by flow matching on the latents."""
+"""Stage 4: the teacher, trained by flow matching on the latents."""
 
 import copy
 from collections.abc import Callable
@@ -7,18 +7,17 @@ from pathlib import Path
 
 import torch
 
-from ...actors.pretraining import TeacherBatch, TeacherLearner
+from ...actors.pretraining import MapSettings, TeacherBatch, TeacherLearner
 from ...actors.teacher import Teacher
 from ...kernels.diffusion.noise import SampleKey
 from ...kernels.diffusion.schedule import shift_sigma, timesteps
-from ...kernels.sprites.captions import VOCABULARY
 from ...kernels.sprites.oracle import grade
 from ...kernels.sprites.splits import prompts
 from ...kernels.wan.config import CONFIGS
-from ...kernels.wan.text import TextEncoder, tiny_text_encoder
+from ...kernels.wan.text import TextEncoder
 from ...kernels.wan.transformer import VideoTransformer
 from ...kernels.wan.vae import StreamingVAE
-from ..recipe import PretrainRecipe, TeacherPhaseRecipe
+from ..recipe import PretrainRecipe, TurnRecipe
 from ..sheet import contact_sheet
 from .curves import plot_curve
 from .latents import LatentSet, load_latents
@@ -27,21 +26,23 @@ from .vae import settings
 
 REPORT_EVERY = 500
 PHASE_SEEDS = 1000  # between the seeds of two phases
-MOST_SHORT = 4  # short clips in the place of a whole one: captions take memory too
-SAMPLES, STEPS, GUIDANCE = 6, 50, 5.0
+SCALE_CLIPS, SMALLEST_SCALE = 500, 1e-2  # of the maps' channels
+SAMPLES, STEPS, GUIDANCE = 6, 50, 3.0
 
 
-def train_teacher(recipe: PretrainRecipe, run: Path, device: str) -> TeacherLearner:
-    """Train in `run/teacher-<phase>`, going on from the checkpoints there; returns the final learner."""
+def train_teacher(recipe: PretrainRecipe, run: Path, encoder: TextEncoder, device: str) -> VideoTransformer:
+    """Train in `run/teacher-<phase>`, going on from the checkpoints there; returns the averaged network.
+
+    encoder: the finished text encoder; it stays as it is.
+    """
     torch.manual_seed(recipe.seed)
-    config = CONFIGS[recipe.model]
-    transformer, encoder = VideoTransformer(config), tiny_text_encoder(VOCABULARY, config.text_dim)
+    transformer = VideoTransformer(CONFIGS[recipe.model])
     _initialise(transformer)
     data = load_latents(recipe, run)
     for phase in range(len(recipe.teacher.phases)):
         learner = _train_phase(recipe, run, phase, (transformer, encoder), data, device)
-        transformer, encoder = map(copy.deepcopy, learner.averaged())
-    return learner
+        transformer = copy.deepcopy(learner.averaged())
+    return transformer
 
 
 def _train_phase(
@@ -49,28 +50,36 @@ def _train_phase(
     run: Path,
     phase: int,
     networks: tuple[VideoTransformer, TextEncoder],
-    data: LatentSet,
+    data: dict[int, LatentSet],
     device: str,
 ) -> TeacherLearner:
     chosen, folder = recipe.teacher.phases[phase], run / f"teacher-{phase + 1}"
-    transformer, encoder = networks
-    transformer.requires_grad_(True)
-    encoder.requires_grad_(True)
-    learner = TeacherLearner(transformer, encoder, settings(chosen.optimizer, chosen.steps), device)
+    learner = TeacherLearner(*networks, settings(chosen.optimizer, chosen.steps), device, _map_settings(recipe, data))
     vae = StreamingVAE.from_pretrained(run / "model" / "vae")
 
     def report(step: int) -> None:
         plot_curve(folder)
-        _sheet(recipe, learner, vae, folder / f"sheet-{step:06d}.png")
+        _sheet(recipe, learner, networks[1], vae, folder / f"sheet-{step:06d}.png")
 
     batches = partial(batch_at, recipe, phase, learner, data)
     train(folder.name, folder, learner, batches, chosen.steps, every=(REPORT_EVERY, report))
     return learner
 
 
-def _sheet(recipe: PretrainRecipe, learner: TeacherLearner, vae: StreamingVAE, path: Path) -> None:
+def _map_settings(recipe: PretrainRecipe, data: dict[int, LatentSet]) -> MapSettings | None:
+    """The channels of the maps weigh the same: each is divided by its root mean square in the longest clips."""
+    maps = data[max(data)].maps
+    if not recipe.teacher.map_weight or maps is None:
+        return None
+    scale = maps[:SCALE_CLIPS].float().square().mean(dim=(0, 1, 2)).sqrt().clamp_min(SMALLEST_SCALE)
+    return MapSettings(recipe.teacher.map_weight, scale)
+
+
+def _sheet(
+    recipe: PretrainRecipe, learner: TeacherLearner, encoder: TextEncoder, vae: StreamingVAE, path: Path
+) -> None:
     """Samples of the averaged teacher for held-out prompts, each with its score."""
-    networks = (*map(copy.deepcopy, learner.averaged()), copy.deepcopy(vae).to(learner.engine.device))
+    networks = (copy.deepcopy(learner.averaged()), encoder, copy.deepcopy(vae).to(learner.engine.device))
     teacher = Teacher(*networks, shift=recipe.teacher.shift)
     chosen = prompts("heldout", SAMPLES, recipe.seed, recipe.world.level)
     frames = 1 + (recipe.world.frames - 1) // vae.temporal_factor
@@ -85,21 +94,25 @@ def _sheet(recipe: PretrainRecipe, learner: TeacherLearner, vae: StreamingVAE, p
     contact_sheet(rows, path)
 
 
-def batch_at(recipe: PretrainRecipe, phase: int, learner: TeacherLearner, data: LatentSet, step: int) -> TeacherBatch:
+def batch_at(
+    recipe: PretrainRecipe, phase: int, learner: TeacherLearner, data: dict[int, LatentSet], step: int
+) -> TeacherBatch:
     """The batch of a step: clips in a new order every epoch, some prompts dropped, fresh timesteps and noise."""
     teacher, seed = recipe.teacher, recipe.seed + PHASE_SEEDS * phase
-    length, first, count = _portion(teacher.phases[phase], data.latents.shape[1], step)
-    rows = _rows(len(data.captions), first, count, seed)
-    clips = LatentSet(data.latents[rows, :length], [data.captions[row] for row in rows.tolist()])
+    turn, first = _portion(teacher.phases[phase].turns, step)
+    whole = data[turn.frames]
+    rows = _rows(len(whole.captions), first, turn.clips, seed)
+    maps = None if whole.maps is None else whole.maps[rows]
+    clips = LatentSet(whole.latents[rows], [whole.captions[row] for row in rows.tolist()], maps)
     return noised(clips, learner.tokenize, step_generator(seed, step), teacher.shift, teacher.prompt_drop)
 
 
-def _portion(phase: TeacherPhaseRecipe, frames: int, step: int) -> tuple[int, int, int]:
-    """Of a step: latent frames of its clips, how many clips the steps before took, and how many it takes."""
-    lengths = [min(length, frames) for length in phase.lengths]
-    counts = [phase.batch * min(frames // length, MOST_SHORT) for length in lengths]
-    turns, place = divmod(step, len(lengths))
-    return lengths[place], turns * sum(counts) + sum(counts[:place]), counts[place]
+def _portion(turns: list[TurnRecipe], step: int) -> tuple[TurnRecipe, int]:
+    """The turn of a step, and how many clips of its length the steps before it took."""
+    rounds, place = divmod(step, len(turns))
+    turn = turns[place]
+    same = [other.clips if other.frames == turn.frames else 0 for other in turns]
+    return turn, rounds * sum(same) + sum(same[:place])
 
 
 def step_generator(seed: int, step: int) -> torch.Generator:
@@ -123,7 +136,7 @@ def noised(
     uniform = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
     levels = 1000 * shift_sigma(uniform[torch.randperm(batch, generator=generator)], shift)
     noise = torch.randn(clips.latents.shape, generator=generator)
-    return TeacherBatch(clips.latents, ids, mask, levels, noise)
+    return TeacherBatch(clips.latents, ids, mask, levels, noise, clips.maps)
 
 
 def _rows(clips: int, first: int, count: int, seed: int) -> torch.Tensor:

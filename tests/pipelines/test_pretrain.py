@@ -23,6 +23,7 @@ from reelway.pipelines import pretrain as job
 from reelway.pipelines.pretraining import loop, teacher
 from reelway.pipelines.pretraining.card import write_card
 from reelway.pipelines.pretraining.loop import read_curve
+from reelway.pipelines.pretraining.text import train_text
 from reelway.pipelines.recipe import FineTuneRecipe, PretrainRecipe, load_recipe
 
 RECIPE = Path(__file__).parents[2] / "configs" / "tiny.yaml"
@@ -31,8 +32,10 @@ SMALL = [
     "pretrain.world.frames=9",
     "pretrain.vae.network.base_dim=8",
     "pretrain.vae.phases=[{steps: 4, batch: 2, clip_frames: 5}, {steps: 2, batch: 1, clip_frames: 9}]",
-    "pretrain.teacher.clips=6",
-    "pretrain.teacher.phases=[{steps: 4, batch: 4}, {steps: 3, batch: 2, lengths: [3, 1]}]",
+    "pretrain.text={steps: 3, batch: 4}",
+    "pretrain.teacher.clips={3: 6, 1: 10}",
+    "pretrain.teacher.phases=[{steps: 4, turns: [{frames: 3, clips: 4}]}, "
+    "{steps: 3, turns: [{frames: 3, clips: 2}, {frames: 1, clips: 5}]}]",
 ]
 
 
@@ -55,7 +58,7 @@ def test_diffusers_pipeline_runs_the_model(run: Path) -> None:
 
 
 def test_curves_have_every_step(run: Path) -> None:
-    for stage, steps in (("vae-1", 4), ("vae-2", 2), ("teacher-1", 4), ("teacher-2", 3)):
+    for stage, steps in (("vae-1", 4), ("vae-2", 2), ("text", 3), ("teacher-1", 4), ("teacher-2", 3)):
         rows = read_curve(run / stage / "curve.jsonl")
         assert [row["step"] for row in rows] == list(range(steps))
         assert all(row["gradient_norm"] > 0 for row in rows)
@@ -75,15 +78,15 @@ def test_interrupted_run_ends_with_the_weights_of_the_undisturbed_one(
     def interrupted(self: loop.Curve, row: dict[str, float]) -> None:
         curve(self, row)
         calls.append(row["step"])
-        if len(calls) in (3, 7):  # within the VAE's training, then within the teacher's
+        if len(calls) in (3, 8, 11):  # within the VAE's training, the text encoder's, the teacher's
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(loop.Curve, "append", interrupted)
-    for _ in range(2):
+    for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             job.pretrain(recipe(), tmp_path / "run", stages=set(job.Stage))
     job.pretrain(recipe(), tmp_path / "run", stages=set(job.Stage))
-    for stage in ("vae-1", "vae-2", "teacher-1", "teacher-2"):
+    for stage in ("vae-1", "vae-2", "text", "teacher-1", "teacher-2"):
         saved, expected = (
             torch.load(folder / stage / "checkpoint.pt", weights_only=True)["learner"]["network"]
             for folder in (tmp_path / "run", run)
@@ -105,14 +108,50 @@ def test_a_given_vae_is_not_trained_again(run: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "vae-1").exists()
 
 
-def test_short_clips_come_in_turn_and_no_clip_is_left_out() -> None:
+def test_clips_of_each_length_come_in_turn_and_none_is_left_out() -> None:
     chosen = recipe().teacher.phases[1]
-    portions = [teacher._portion(chosen, 3, step) for step in range(4)]
-    assert [length for length, _, _ in portions] == [3, 1, 3, 1]
-    assert [count for _, _, count in portions] == [2, 6, 2, 6]
-    assert [first for _, first, _ in portions] == [0, 2, 8, 10]
-    rows = torch.cat([teacher._rows(16, first, count, 0) for _, first, count in portions])
-    assert sorted(rows.tolist()) == list(range(16))
+    portions = [teacher._portion(chosen.turns, step) for step in range(5)]
+    assert [turn.frames for turn, _ in portions] == [3, 1, 3, 1, 3]
+    assert [first for _, first in portions] == [0, 0, 2, 5, 4]
+    rows = [
+        teacher._rows(count, first, turn.clips, 0)
+        for count, (turn, first) in zip((6, 10, 6, 10, 6), portions, strict=True)
+    ]
+    assert sorted(torch.cat(rows[::2]).tolist()) == list(range(6))
+    assert sorted(torch.cat(rows[1::2]).tolist()) == list(range(10))
+
+
+def test_a_turn_without_clips_of_its_length_is_refused() -> None:
+    with pytest.raises(ValueError, match="a turn of 2 latent frames needs clips of that length"):
+        recipe("pretrain.teacher.phases=[{steps: 1, turns: [{frames: 2, clips: 1}]}]")
+
+
+def test_the_text_encoder_learns_to_tell_what_captions_say(tmp_path: Path) -> None:
+    """Chance is about one in five answers."""
+    small = recipe("pretrain.text={steps: 50, batch: 32, optimizer: {learning_rate: 4.0e-3, ema_decay: 0.9}}")
+    train_text(small, tmp_path, "cpu")
+    rows = read_curve(tmp_path / "text" / "curve.jsonl")
+    assert rows[-1]["accuracy"] > 0.6 > 0.4 > rows[0]["accuracy"]
+    assert "heldout" in (tmp_path / "text" / "accuracy.txt").read_text()
+
+
+def test_maps_teach_the_middle_block_and_are_left_out_of_the_model(run: Path) -> None:
+    rows = read_curve(run / "teacher-2" / "curve.jsonl")
+    assert all(row["map_loss"] > 0 for row in rows)
+    names = Teacher.from_pretrained(run / "model").transformer.state_dict()
+    assert not any("map_reader" in name for name in names)
+
+
+def test_without_maps_only_the_velocity_is_trained(tmp_path: Path, run: Path) -> None:
+    plain = recipe(
+        "pretrain.teacher.map_weight=0", "pretrain.teacher.phases=[{steps: 1, turns: [{frames: 3, clips: 4}]}]"
+    )
+    shutil.copytree(run / "model" / "vae", tmp_path / "model" / "vae")
+    job.pretrain(plain, tmp_path, stages=set(job.Stage))
+    (row,) = read_curve(tmp_path / "teacher-1" / "curve.jsonl")
+    assert "map_loss" not in row
+    first = read_curve(run / "teacher-1" / "curve.jsonl")[0]
+    assert row["loss"] == pytest.approx(first["loss"], rel=1e-5)  # the same weights, clips and noise
 
 
 def test_card_tells_how_the_model_was_made_and_what_it_scores(run: Path) -> None:
@@ -121,7 +160,8 @@ def test_card_tells_how_the_model_was_made_and_what_it_scores(run: Path) -> None
     scores = json.loads((run / "model" / "card" / "scores.json").read_text())["scores"]
     assert f"| total | {scores['rendering']['total']:.3f} |" in text
     assert scores["rendering"]["total"] > 0.95 > scores["teacher"]["total"]
-    assert "3 updates of 2 clips of 3, 1 latent frames in turn" in text
+    assert "3 updates on clips of so many latent frames: 2 of 3, 5 of 1 in turn" in text
+    assert "by length in latent frames: 6 of 3, 10 of 1" in text
     for picture in ("loss.png", "samples.png"):
         assert f"(card/{picture})" in text
         assert Image.open(run / "model" / "card" / picture).width > 300
@@ -143,8 +183,8 @@ def test_resolved_recipe_is_beside_the_result(run: Path) -> None:
     [
         (["--recipe", "none.yaml"], "no such file: none.yaml"),
         (
-            ["--recipe", str(RECIPE), "--set", "pretrain.teacher.clips=0"],
-            "pretrain.teacher.clips: Input should be",
+            ["--recipe", str(RECIPE), "--set", "pretrain.teacher.clips={3: 0}"],
+            "pretrain.teacher.clips.3: Input should be",
         ),
         (["--recipe", str(RECIPE), "--set", "pretrain.teacher.batches=2"], "Extra inputs are not permitted"),
         (["--recipe", str(RECIPE), "--set", "teacher"], "expected a.b=value, got 'teacher'"),
