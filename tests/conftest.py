@@ -1,5 +1,6 @@
 """One Ray for the whole suite: started when the first test asks for it, ended with the suite."""
 
+import faulthandler
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,18 +15,33 @@ if TYPE_CHECKING:
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # listen on the loopback address only
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_metrics_report_interval_ms"] = "1000"  # noqa: SIM112 -- spelt so by Ray; ten seconds otherwise
+# Before anything imports torch or numpy, for this process and all that it starts: what is computed here is so small
+# that threads mostly wait for each other, on a busy machine for the most part of the time.
+for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_name, "1")
 
 RAY_CPUS = 4
+SLOW_SECONDS = 1800  # for a slow test; the others' limit is in pyproject.toml
+END_SECONDS = 60  # for what still runs after the last test
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that ask for the shared Ray run last: the ones before them may start one of their own."""
+    for item in items:
+        if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
+            item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
     shared = {item: "ray_session" in getattr(item, "fixturenames", ()) for item in items}
     for item, uses_ray in shared.items():
         if uses_ray:
             item.add_marker(pytest.mark.ray)
     items.sort(key=shared.__getitem__)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_unconfigure() -> None:
+    """Threads that a test has left keep the process alive: their stacks are shown then, and the run has failed."""
+    faulthandler.dump_traceback_later(END_SECONDS, exit=True)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -569,7 +569,7 @@ def test_decord_that_dies_between_clips(whole: Path) -> None:
         child = lone._decord.child
         assert child is not None
         child.process.send_signal(signal.SIGKILL)
-        child.process.wait()
+        child.process.wait(30)
         found = [first, *stream]
         assert [item.decoder for item in found if isinstance(item, Clip)] == ["decord", "decord"]
         assert numbers([item for item in found if isinstance(item, Clip)]) == expected

@@ -169,7 +169,7 @@ def test_snapshot_after_a_prompt_switch_goes_on_bit_for_bit(small_student: Path,
         "np.save(sys.argv[3], np.concatenate([stream.next_chunk() for _ in range(3)]))\n"
     )
     command = [sys.executable, "-c", script, str(small_student), str(file), str(tmp_path / "video.npy")]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, timeout=240)
     expected = video(stream, 3)
     assert len(expected) == 8 + 12 + 12
     assert np.array_equal(video(restored, 3), expected)

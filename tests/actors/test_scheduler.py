@@ -685,13 +685,14 @@ def test_an_error_of_the_scheduler_itself_ends_the_run_and_leaves_nobody_waiting
 
 @contextmanager
 def running(scheduler: Scheduler) -> Iterator[None]:
-    thread = threading.Thread(target=scheduler.run)
+    thread = threading.Thread(target=scheduler.run, daemon=True)
     thread.start()
     try:
         yield
     finally:
         scheduler.stop()
-        thread.join()
+        thread.join(60)
+        assert not thread.is_alive()
 
 
 def in_threads(count: int, action: Callable[[int], None]) -> None:

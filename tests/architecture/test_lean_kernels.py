@@ -3,8 +3,6 @@
 import subprocess
 import sys
 
-import pytest
-
 LEAN = [
     "reelway.kernels.wan.transformer",
     "reelway.kernels.wan.weights",
@@ -16,17 +14,21 @@ LEAN = [
     "reelway.kernels.sprites.oracle",
 ]
 SCRIPT = """
-import importlib, sys
+import importlib, sys, traceback
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {"diffusers", "transformers", "triton", "ray", "deepspeed", "pyarrow", "pydantic"}:
             raise ImportError(f"{name} is not installed here")
 sys.meta_path.insert(0, Refuse())
-importlib.import_module(sys.argv[1])
+for module in sys.argv[1:]:
+    try:
+        importlib.import_module(module)
+    except ImportError:
+        traceback.print_exc()
+        print(module)
 """
 
 
-@pytest.mark.parametrize("module", LEAN)
-def test_import_needs_only_torch_numpy_safetensors(module: str) -> None:
-    done = subprocess.run([sys.executable, "-c", SCRIPT, module], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+def test_imports_need_only_torch_numpy_safetensors() -> None:
+    done = subprocess.run([sys.executable, "-c", SCRIPT, *LEAN], capture_output=True, text=True, timeout=240)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr

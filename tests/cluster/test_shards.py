@@ -223,7 +223,8 @@ def test_writers_of_the_same_shards_at_once_agree(tmp_path: Path, storage: Stora
         job.start()
     assert [failures.get(timeout=120) for _ in jobs] == [""] * 4
     for job in jobs:
-        job.join()
+        job.join(60)
+        assert job.exitcode == 0
     assert _content(tmp_path / "many") == _content(tmp_path / "set")
 
 
@@ -526,6 +527,22 @@ def test_a_repaired_set_is_completed_by_its_job(tmp_path: Path, storage: Storage
     assert {name: data for name, data in _content(tmp_path / "set").items() if name != "claims"} == before
 
 
+def test_a_damaged_shard_that_was_dropped_is_made_again(tmp_path: Path, storage: Storage) -> None:
+    """One that can still be read, but has other bytes; and one that is cut short."""
+    folder, before = tmp_path / "set", _content(tmp_path / "set")
+    _change(folder / "shard-000001.tar", lambda data: _flip(data, data.index(b"fer, k05")))
+    _change(folder / "shard-000003.tar", lambda data: data[:600])
+    found = repair(storage).problems
+    assert {finding.file for finding in found} == {"shard-000001.tar", "shard-000003.tar"}
+    assert (folder / "shard-000001.tar").exists()
+    shards = plan(KEYS, 4, INFO.fingerprint)
+    assert [shard.index for shard in pending(storage, shards)] == [3]
+    assert repair(storage, drop=True).problems == found
+    assert [shard.index for shard in pending(storage, shards)] == [1, 3]
+    _make(storage)
+    assert {name: data for name, data in _content(folder).items() if name != "claims"} == before
+
+
 # --- Command line ------------------------------------------------------------------------------------------
 
 
@@ -550,11 +567,12 @@ def test_the_command_line(tmp_path: Path, storage: Storage, reelway: Callable[..
         assert words in out
     assert reelway("shards", "verify", folder)[:2] == (0, f"{folder}: sound: 4 shards, 14 samples\n")
     (folder / "shard-000002.tar").unlink()
-    missing = "shard-000002.tar: missing: the manifest lists it\n1 problems\n"
+    missing = "shard-000002.tar: missing: the manifest lists it\n1 problem\n"
     assert reelway("shards", "verify", folder)[:2] == (1, missing)
     code, out, _ = reelway("shards", "repair", folder)
     assert code == 1
     assert out.startswith(f"{folder}: the manifest lists 3 sound shards\nshard-000002.tar: missing: it was made")
+    assert out.endswith("makes again what is missing (repair --drop removes damaged ones first)\n")
     assert reelway("shards", "verify", tmp_path / "none") == (
         2,
         "",

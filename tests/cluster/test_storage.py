@@ -170,6 +170,8 @@ def test_addresses() -> None:
     [
         (OSError(errno.ENOSPC, "No space left on device"), StorageError, "the disk is full"),
         (PermissionError(errno.EACCES, "Permission denied"), PermissionError, "no permission"),
+        (NotADirectoryError(errno.ENOTDIR, "Not a directory"), NotADirectoryError, "is a file, not a folder"),
+        (FileExistsError(errno.EEXIST, "File exists"), NotADirectoryError, "is a file, not a folder"),
         (OSError("AWS Error ACCESS_DENIED during PutObject operation: No"), PermissionError, "denies access"),
         (OSError("AWS Error NETWORK_CONNECTION during HeadObject"), StorageError, "cannot be reached"),
         (OSError("AWS Error SLOW_DOWN\nduring PutObject (Request ID: 7)"), StorageError, "SLOW_DOWN during PutObject"),
@@ -299,13 +301,13 @@ def _claim_in_turn(folder: Path, barrier: Barrier, results: "multiprocessing.Que
 
 
 def test_never_two_holders_of_a_claim(tmp_path: Path) -> None:
-    barrier, results = forking.Barrier(3), forking.Queue()
+    barrier, results = forking.Barrier(3, timeout=60), forking.Queue()
     jobs = [forking.Process(target=_claim_in_turn, args=(tmp_path, barrier, results)) for _ in range(3)]
     for job in jobs:
         job.start()
     counts = [results.get(timeout=120) for _ in jobs]
     for job in jobs:
-        job.join()
+        job.join(60)
         assert job.exitcode == 0
     assert sum(won for won, _ in counts) > 0
     assert sum(won + lost for won, lost in counts) == 24
@@ -320,7 +322,8 @@ def _die_with_a_claim(folder: Path) -> None:
 def test_the_claim_of_a_dead_process_is_taken_over(tmp_path: Path) -> None:
     job = forking.Process(target=_die_with_a_claim, args=(tmp_path,))
     job.start()
-    job.join()
+    job.join(60)
+    assert job.exitcode == 0
     assert len(list((tmp_path / "claims").iterdir())) == 1
     with claim(Storage.open(tmp_path), "heir"):
         (left,) = (tmp_path / "claims").iterdir()

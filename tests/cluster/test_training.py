@@ -6,6 +6,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -237,14 +238,14 @@ def test_a_place_is_the_innermost_line_that_is_no_librarys() -> None:
 
     def wait_in_a_library() -> None:
         started.set()
-        ended.wait()
+        ended.wait(60)
 
     thread = threading.Thread(target=wait_in_a_library)
     thread.start()
-    started.wait()
+    assert started.wait(60)
     place, waits = whereabouts(thread.ident or 0)
     ended.set()
-    thread.join()
+    thread.join(60)
     assert place.startswith("test_training.py:")
     assert place.endswith("in wait_in_a_library")
     assert not waits
@@ -253,7 +254,7 @@ def test_a_place_is_the_innermost_line_that_is_no_librarys() -> None:
 
 def test_a_board_forgets_an_earlier_start_and_hands_rows_out_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
-    monkeypatch.setattr(telemetry.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(telemetry, "time", SimpleNamespace(monotonic=lambda: clock[0]))  # this module's clock alone
     board = Board()
     board.pulse(1, Pulse(0, "old", 3, "a", False))
     clock[0] = 5.0

@@ -201,7 +201,7 @@ def test_snapshot_restores_bit_for_bit_in_a_new_process(tmp_path: Path) -> None:
         "latents = torch.cat([generator.next_block() for _ in range(4)], dim=1)\n"
         "save_file({'latents': latents}, sys.argv[1] + '/went_on.safetensors')\n"
     )
-    subprocess.run([sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)], check=True)
+    subprocess.run([sys.executable, "-c", script, str(tmp_path), str(Path(__file__).parent)], check=True, timeout=240)
     expected = torch.cat([generator.next_block() for _ in range(4)], dim=1)
     assert torch.equal(load_file(tmp_path / "went_on.safetensors")["latents"], expected)
 

@@ -179,7 +179,9 @@ def test_help_is_light_and_the_version_is_printed(reelway) -> None:
         "except SystemExit: pass\n"
         "print({'torch', 'diffusers', 'transformers', 'ray'} & set(sys.modules))"
     )
-    done = subprocess.run([sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code, "--help"], capture_output=True, text=True, check=True, timeout=240
+    )
     assert "checkpoint" in done.stdout
     assert done.stdout.splitlines()[-1] == "set()"
 

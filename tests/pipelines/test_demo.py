@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -293,14 +294,16 @@ def test_words_of_others_are_escaped(made: tuple[Path, Any], models: list[str]) 
     Links.of(text)
 
 
+@pytest.mark.slow  # needs a browser, which `make test` does not install
 @pytest.mark.skipif(not CHROMIUM.exists(), reason=f"no browser at {CHROMIUM}")
 @pytest.mark.parametrize("size", [(1280, 900), (390, 844)])
 def test_a_browser_shows_the_page_without_a_complaint(made: tuple[Path, Any], size: tuple[int, int]) -> None:
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     complaints: list[str] = []
     with api.sync_playwright() as engine:
-        browser = engine.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        browser = engine.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"], timeout=60_000)
         page = browser.new_page(viewport={"width": size[0], "height": size[1]})
+        page.set_default_timeout(60_000)
         page.on("console", lambda message: complaints.append(message.text) if message.type == "error" else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("requestfailed", lambda request: complaints.append(f"{request.url}: {request.failure}"))
@@ -511,16 +514,19 @@ def test_ctrl_c_in_a_stage(stage: str, demo_until: Callable[[str], Path], models
     out = demo_until(stage)
     command = [sys.executable, "-m", "reelway.pipelines.cli", "demo", "--out", str(out), "--recipe", str(recipe)]
     process = subprocess.Popen([*command, *models], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    ending = threading.Timer(900, process.kill)
+    ending.start()
     while not begun(out, stage):
         assert process.poll() is None
         time.sleep(0.1)
     time.sleep(1)
     process.send_signal(signal.SIGINT)
     _, told = process.communicate(timeout=300)
+    ending.cancel()
     assert process.returncode == 130, told
     assert told.splitlines()[-1].startswith("Stopped; what was done is kept in")
     assert "Traceback" not in told
-    again = subprocess.run([*command, *models], capture_output=True, text=True)
+    again = subprocess.run([*command, *models], capture_output=True, text=True, timeout=900)
     assert again.returncode == 0, again.stderr
     assert again.stderr.count("done before") >= NAMES.index(stage)
 

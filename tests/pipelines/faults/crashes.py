@@ -4,11 +4,13 @@ As a script: runs the command that it is given, then reads lines of jobs, runs e
 all at once, and answers with a line of exit codes. So the libraries are imported once for any number of processes.
 """
 
+import faulthandler
 import json
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
@@ -17,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 HERE = Path(__file__).parent
+PATIENCE = 120.0  # seconds for a job: one that hangs says where, and has failed
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,14 @@ class Crashes:
         """Run commands at once; their exit codes, -9 of those that were killed."""
         assert self._process.stdin is not None
         assert self._process.stdout is not None
+        ending = threading.Timer(len(jobs) * PATIENCE + 20, self._process.kill)
+        ending.start()
         self._process.stdin.write(json.dumps([asdict(job) for job in jobs]) + "\n")
         self._process.stdin.flush()
-        codes: list[int] = json.loads(self._process.stdout.readline())
+        answer = self._process.stdout.readline()
+        ending.cancel()
+        assert answer, "the script has ended, or had to be ended: it did not answer"
+        codes: list[int] = json.loads(answer)
         return codes
 
 
@@ -81,6 +89,7 @@ def _start(job: Crash) -> int:
     if pid:
         return pid
     code = 70
+    faulthandler.dump_traceback_later(PATIENCE, exit=True)  # the copy of a process with threads may have got no lock
     try:
         code = _become(job)
     except BaseException:  # noqa: BLE001 -- nothing may leave this process but its exit code

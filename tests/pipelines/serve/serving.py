@@ -49,8 +49,13 @@ class Hands:
     async def call(self, handle: Any, method: str, *arguments: Any) -> Any:
         if handle in self.killed:
             raise WorkerGone("killed by the test")
-        async with self._loading if method == "ready" else contextlib.nullcontext():  # transformers loads one at a time
-            result = await getattr(handle, method)(*arguments)
+        try:
+            async with self._loading if method == "ready" else contextlib.nullcontext():  # transformers: one at a time
+                result = await getattr(handle, method)(*arguments)
+        except RuntimeError:  # its threads ended in the middle of the call
+            if handle not in self.killed:
+                raise
+            raise WorkerGone("killed by the test") from None
         if handle in self.killed:
             raise WorkerGone("killed by the test")
         return result
@@ -116,7 +121,11 @@ class LocalServer:
         self._thread.start()
         assert self._started.wait(PATIENCE)
         wanted = self.config.models["small"].min_workers
-        self.wait_until(lambda: all(row["ready"] >= wanted for row in self.ask(self.pool.models())))
+        try:
+            self.wait_until(lambda: all(row["ready"] >= wanted for row in self.ask(self.pool.models())))
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -133,7 +142,10 @@ class LocalServer:
         backend = LocalBackend(self.pool, self.hands)
         self.services = Services(self.config, backend, state, limits, self.keys, self.metrics)
         self.app = create_app(self.services)
-        settings = uvicorn.Config(self.app, "127.0.0.1", 0, log_level="error", timeout_graceful_shutdown=5)
+        # Without pings: who does not read for a while, as the viewers here, does not answer them.
+        settings = uvicorn.Config(
+            self.app, "127.0.0.1", 0, log_level="error", timeout_graceful_shutdown=5, ws_ping_interval=None
+        )
         self._server = uvicorn.Server(settings)
         announcing = asyncio.create_task(self._announce())
         await self._server.serve()
@@ -182,6 +194,7 @@ class LocalServer:
             subprotocols=list(subprotocols),  # type: ignore[arg-type]
             additional_headers=headers | named.pop("headers", {}),
             max_size=None,
+            ping_interval=None,
             close_timeout=0.5,  # a socket with unread messages does not hear the other side's goodbye
             **named,
         )
@@ -189,7 +202,10 @@ class LocalServer:
 
 
 class Viewer:
-    """A client that keeps what it gets, and says what it has seen unless it is told not to."""
+    """A client that keeps what it gets, and says what it has seen unless it is told not to.
+
+    A stream goes on for ever, so what waits for one message of many has to end by itself.
+    """
 
     def __init__(self, socket: ClientConnection, attentive: bool = True) -> None:
         self.socket, self.attentive = socket, attentive
@@ -231,24 +247,33 @@ class Viewer:
 
     def more_media(self) -> tuple[int, int, bytes]:
         """The next binary message: kind, first frame, payload."""
-        count = len(self.media)
+        count, until = len(self.media), time.monotonic() + PATIENCE
         while len(self.media) == count:
+            assert time.monotonic() < until, self.records[-3:]
             with contextlib.suppress(TimeoutError):
-                self.hear(0.05)
+                assert self.hear(0.05) is not None, (self.code, self.records[-3:])
         return self.media[count]
 
     def linger(self, seconds: float) -> None:
         """Read until nothing has come for so long."""
+        until = time.monotonic() + PATIENCE
         with contextlib.suppress(TimeoutError):
             while self.hear(seconds) is not None:
-                pass
+                assert time.monotonic() < until, self.records[-3:]
 
     def until(self, kind: str) -> dict[str, Any]:
+        """The next record of a kind, which must come before the close, and in time."""
+        return self.until_any(lambda record: bool(record["type"] == kind))
+
+    def until_any(self, wanted: Callable[[dict[str, Any]], bool]) -> dict[str, Any]:
+        """The next record that is wanted."""
+        until = time.monotonic() + PATIENCE
         while True:
             record = self.hear()
-            assert record is not None, (kind, self.code, self.records)
-            if record["type"] == kind:
+            assert record is not None, (self.code, self.records[-3:])
+            if wanted(record):
                 return record
+            assert time.monotonic() < until, self.records[-3:]
 
     def chunks(self, count: int) -> list[dict[str, Any]]:
         return [self.until("chunk") for _ in range(count)]

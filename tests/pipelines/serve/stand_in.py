@@ -66,7 +66,8 @@ class StandIn:
         self.cut_sockets()
         asyncio.run_coroutine_threadsafe(self.runner.cleanup(), self.loop).result(20)
         self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join()
+        self.thread.join(20)
+        assert not self.thread.is_alive()
         self.loop.close()
 
     async def _listen(self) -> tuple[web.AppRunner, int]:

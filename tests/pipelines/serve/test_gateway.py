@@ -27,7 +27,7 @@ from reelway.pipelines.serve.protocol import INIT
 from reelway.pipelines.video import VideoWriter
 
 sys.path.insert(0, str(Path(__file__).parent))
-from serving import PROMPT, SIZE, START, LocalServer, Viewer
+from serving import PATIENCE, PROMPT, SIZE, START, LocalServer, Viewer
 
 pytestmark = pytest.mark.slow  # whole servers, one for each test
 BLUE = "two blue circles on white"
@@ -61,7 +61,7 @@ def check_pictures(viewer: Viewer, expected: list[np.ndarray]) -> None:
 
 def figures(server: LocalServer, key: str | None = None) -> dict[str, float]:
     request = urllib.request.Request(f"{server.url}/metrics", headers={"Authorization": f"Bearer {key}"} if key else {})
-    text = urllib.request.urlopen(request).read().decode()
+    text = urllib.request.urlopen(request, timeout=PATIENCE).read().decode()
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
     found: dict[str, float] = {}
     for sample in samples:
@@ -150,8 +150,8 @@ def test_many_prompts_at_once_are_one_and_too_many_are_refused(server: LocalServ
         for number in range(30):
             viewer.say(type="prompt", text=f"{BLUE} {number}")
         shown = viewer.until("prompt")
-        while _answered(viewer) < 30:
-            viewer.hear()
+        if _answered(viewer) < 30:
+            viewer.until_any(lambda _: _answered(viewer) >= 30)
         viewer.say(type="stop")
         viewer.rest()
     errors = [record for record in viewer.records if record["type"] == "error"]

@@ -68,7 +68,10 @@ def _browser_path() -> str | None:
 
 
 CHROMIUM = _browser_path()
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome in PATH")
+pytestmark = [
+    pytest.mark.slow,  # they need a browser, which `make test` does not install
+    pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome in PATH"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -504,7 +507,6 @@ def test_a_worker_that_dies_is_replaced_under_the_picture(
     await_state(card, "stopped")
 
 
-@pytest.mark.slow
 def test_a_killed_process_is_replaced_under_the_picture(
     ray_session: Any, small_student: Path, tmp_path: Path, visit: Callable[..., Any]
 ) -> None:
@@ -523,7 +525,7 @@ def test_a_killed_process_is_replaced_under_the_picture(
         run(config, Keyring())
         page = visit(f"http://127.0.0.1:{port}")
         card = play_slowly(page, "mp4")
-        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/status") as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/status", timeout=60) as answer:
             (worker,) = json.load(answer)["small"]["workers"]
         os.kill(worker["pid"], signal.SIGKILL)
         await_frames(page, card)

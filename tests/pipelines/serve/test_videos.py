@@ -44,8 +44,12 @@ def client(server: LocalServer, key: str) -> Any:
 
 
 def finished(asking: Any, video: str) -> Any:
-    """Wait for a video, as the package's own `poll` does."""
-    return asking.videos.poll(video, poll_interval_ms=50)
+    """Wait for a video as the package's own `poll` does, but not for ever."""
+    until = time.monotonic() + PATIENCE
+    while (found := asking.videos.retrieve(video)).status in ("queued", "in_progress"):
+        assert time.monotonic() < until, found
+        time.sleep(0.05)
+    return found
 
 
 def frames_of(content: bytes) -> list[np.ndarray]:
@@ -170,7 +174,7 @@ def test_the_schema_holds_for_any_request(server: LocalServer, keys: list[tuple[
         )
         @given(operation.as_strategy())
         def ask(case: Any) -> None:
-            response = case.call(headers={"Authorization": f"Bearer {keys[1][0]}"})
+            response = case.call(headers={"Authorization": f"Bearer {keys[1][0]}"}, timeout=PATIENCE)
             assert response.status_code < 500, response.text
             case.validate_response(response, excluded_checks=_not_ours(schemathesis))
 
