@@ -68,7 +68,7 @@ def latents_shape(folder: Path, height: int, width: int, frames: int) -> tuple[i
 
 def loading_bytes(folder: Path) -> int:
     """Host memory, in bytes, that loading the model takes at its peak: the transformer stands there twice then."""
-    sizes = {network: BYTES_PER_PARAMETER * _parameters(folder / network) for network in NETWORKS}
+    sizes = {network: BYTES_PER_PARAMETER * parameters(folder / network) for network in NETWORKS}
     return max(2 * sizes["transformer"], sum(sizes.values()))
 
 
@@ -86,7 +86,8 @@ def digest(folder: Path, files: Iterable[Path]) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _parameters(folder: Path) -> int:
+def parameters(folder: Path) -> int:
+    """Elements of all tensors in the safetensors files of a network's folder, from their headers."""
     return sum(_tensor_sizes(file) for file in folder.glob("*.safetensors"))
 
 

@@ -26,6 +26,7 @@ from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, Sc
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from ray.train.v2.api.exceptions import TrainingFailedError, WorkerGroupError
 from ray.train.v2.api.report_config import CheckpointUploadMode
+from torch import Tensor
 
 from .pool_host import CAUSES, reason_of_death
 from .preflight import Requirements, check_placement, cluster_nodes
@@ -135,6 +136,20 @@ class TorchRanks:
         dist.all_reduce(carrier)
         means = dict(zip(names, (carrier / self.size).tolist(), strict=True))
         return {name: means[name] for name in values}
+
+    def share(self, tensor: Tensor) -> Tensor:
+        """Rank 0's tensor, on every rank; every rank gives one of the same shape, dtype and kind of device."""
+        self._beat()
+        carrier = tensor.contiguous().clone()
+        dist.broadcast(carrier, src=0)
+        return carrier
+
+    def gather(self, text: str) -> list[str]:
+        """The texts of all ranks, in order, on every rank."""
+        self._beat()
+        found: list[Any] = [None] * self.size
+        dist.all_gather_object(found, text)
+        return [str(one) for one in found]
 
     def barrier(self) -> None:
         """Wait for all."""

@@ -30,45 +30,10 @@ if not torch.cuda.is_available():
 import deepspeed
 from deepspeed import utils as helpers
 
+from .zero_settings import PERSISTENT, Place, Precision, ZeroSettings, bucket_elements, live_elements
+
 STATE = "engine.json"
 SCHEMA = 1
-LARGEST_BUCKET = 200_000_000  # elements that one reduction or gathering moves at most
-LARGEST_LIVE = 1_000_000_000  # elements that stage 3 keeps gathered at a time
-PERSISTENT = 100_000  # stage 3 keeps smaller parameters whole: gathering each would cost more than it saves
-
-
-@dataclass(frozen=True)
-class ZeroSettings:
-    """What one engine is made of. ValueError naming the field where the parts do not fit.
-
-    rate: learning rate of the update after so many updates. stage: 0 replicates everything, 1 shards the optimiser's
-    state, 2 the gradients too, 3 the parameters too. precision: "fp32"; "autocast", fp32 weights computed with in
-    bfloat16; "bf16", bfloat16 weights beside sharded fp32 masters. ema_decay: 0 keeps no average.
-    """
-
-    rate: Callable[[int], float]
-    stage: Literal[0, 1, 2, 3] = 2
-    precision: Literal["fp32", "autocast", "bf16"] = "fp32"
-    offload_optimizer: Literal["none", "cpu"] = "none"
-    offload_parameters: Literal["none", "cpu"] = "none"
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    ema_decay: float = 0.0
-
-    def __post_init__(self) -> None:
-        if self.stage not in (0, 1, 2, 3):
-            raise ValueError(f"stage: must be 0, 1, 2 or 3, got {self.stage}")
-        if self.precision == "bf16" and self.stage < 2:
-            raise ValueError(f"precision: bf16 weights need stage 2 or 3, got stage {self.stage}")
-        if self.offload_optimizer != "none" and self.stage < 1:
-            raise ValueError(f"offload_optimizer: needs stage 1, 2 or 3, got stage {self.stage}")
-        if self.offload_parameters != "none" and self.stage < 3:
-            raise ValueError(f"offload_parameters: needs stage 3, got stage {self.stage}")
-        if not self.clip_norm > 0:
-            raise ValueError(f"clip_norm: must be above 0, got {self.clip_norm}")
-        if not 0 <= self.ema_decay < 1:
-            raise ValueError(f"ema_decay: must be at least 0 and below 1, got {self.ema_decay}")
 
 
 class AveragingAdamW(torch.optim.AdamW):
@@ -138,8 +103,8 @@ class ShardedNetwork(nn.Module):
 class ZeroEngine:
     """Trains one network on all processes of the default group; a process may hold several engines.
 
-    Every rank makes the same calls in the same order. The network is whole on every rank at first and the same; after
-    that only `network` is called. Gradients are averaged over ranks.
+    Every rank makes the same calls in the same order. The network is whole on every rank at first and the same, or for
+    stage 3 divided (`divided`); after that only `network` is called. Gradients are averaged over ranks.
     """
 
     def __init__(self, network: nn.Module, settings: ZeroSettings) -> None:
@@ -253,29 +218,66 @@ def shard_frozen(network: nn.Module, precision: Literal["fp32", "bf16"] = "fp32"
     return ShardedNetwork(_initialize(network, config, None))
 
 
+def divided(
+    network: nn.Module,
+    read: Callable[[str], Tensor],
+    precision: Precision = "fp32",
+    offload_parameters: Place = "none",
+) -> nn.Module:
+    """Give a network that has no memory yet (on torch's meta device) its weights, divided among the ranks for stage 3.
+
+    read: a whole parameter by its name, in any floating type. Rank 0 alone reads, one parameter after the other, and
+    every rank keeps its part: none ever holds more than that and the largest parameter. Every rank calls.
+    """
+    config = _common(network, stage=3) | {"bf16": {"enabled": precision == "bf16"}}
+    if offload_parameters == "cpu":
+        config["zero_optimization"] |= {"offload_param": _host_memory()}
+    _quiet()
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    convert: Callable[..., None] | None = None
+    for name, parameter in list(network.named_parameters()):
+        value = read(name).to(dtype, copy=True) if dist.get_rank() == 0 else torch.empty(parameter.shape, dtype=dtype)
+        assert value.shape == parameter.shape, f"{name}: {value.shape} in place of {parameter.shape}"
+        module, _, leaf = name.rpartition(".")
+        fresh = nn.Parameter(value, requires_grad=parameter.requires_grad)
+        setattr(network.get_submodule(module), leaf, fresh)
+        if convert is None:
+            deepspeed.zero.Init(module=nn.ParameterList([fresh]), config_dict_or_path=config)
+            convert = fresh.convert_to_zero_parameters
+        else:
+            convert(param_list=[fresh])
+    return network
+
+
 # --- Setting up ---------------------------------------------------------------------------------------------------
 
 
 def _initialize(network: nn.Module, config: dict[str, Any], optimizer: torch.optim.Optimizer | None) -> Any:
+    _quiet()
+    engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=config)
+    return engine
+
+
+def _quiet() -> None:
+    """Before the first call of DeepSpeed: where this process stands, and nothing to say or to compile."""
     assert dist.is_initialized(), "ZeRO needs torch's process group"
     os.environ.setdefault("LOCAL_RANK", "0")
     helpers.logger.setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     # A C++ op for reductions at inference, built for half a minute at first use; training never calls it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    engine, *_ = deepspeed.initialize(model=network, optimizer=optimizer, config=config)
-    return engine
+
+
+def _host_memory() -> dict[str, Any]:
+    return {"device": "cpu", "pin_memory": torch.cuda.is_available()}
 
 
 def _common(network: nn.Module, stage: int) -> dict[str, Any]:
-    """Buffers are a quarter of the network at most: DeepSpeed's own sizes would hold a small one whole."""
+    """What every engine has, `network` whole, divided or without memory."""
     sizes = [int(torch.Size(_shape(parameter)).numel()) for parameter in network.parameters()]
-    quarter = max(max(sizes), sum(sizes) // 4)
-    bucket = max(max(sizes), min(quarter, LARGEST_BUCKET))
-    bucket += bucket % 2
+    bucket, live = bucket_elements(sizes), live_elements(sizes)
     zero = {"stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket}
     if stage == 3:
-        live = min(quarter, LARGEST_LIVE)
         zero |= {"stage3_max_live_parameters": live, "stage3_max_reuse_distance": live}
         zero |= {"stage3_prefetch_bucket_size": bucket // 4, "stage3_param_persistence_threshold": PERSISTENT}
     return {"train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1, "zero_optimization": zero}
@@ -287,9 +289,9 @@ def _configuration(network: nn.Module, settings: ZeroSettings) -> dict[str, Any]
     zero = config["zero_optimization"]
     zero["overlap_comm"] = settings.stage >= 2
     if settings.offload_optimizer == "cpu":
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_optimizer"] = _host_memory()
     if settings.offload_parameters == "cpu":
-        zero["offload_param"] = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+        zero["offload_param"] = _host_memory()
     config |= {
         "managed_gradient_accumulation": False,
         "zero_allow_untested_optimizer": True,

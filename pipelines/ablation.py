@@ -27,12 +27,24 @@ from .ablation_rows import (
     with_needs,
 )
 from .ablation_table import FIGURES, SHEET, SHEET_PROMPTS, TABLE, build, markdown, strips_of
-from .commands import AddressOption, CpusOption, EngineKind, EngineOption, check_device
+from .commands import (
+    AddressOption,
+    CpusOption,
+    DeviceOption,
+    EngineKind,
+    EngineOption,
+    RecipeOption,
+    SetOption,
+    Where,
+    check_device,
+    train_zero,
+)
 from .evaluate import make_here, make_missing, missing_cells, requirements, sheet_cells, write_report
 from .evaluation.examiner import STRIP_FRAMES
 from .evaluation.plan import make_plan
 from .evaluation.sweep import ClipSettings, PromptSet, Sweep, TeacherSweep
 from .evaluation.tables import read_rows
+from .initialize import InitializeJob
 from .recipe import TINY, Recipe, load_recipe
 from .samples import SPRITES
 from .sheet import contact_sheet
@@ -72,14 +84,14 @@ def ablation_command(
     ),
     rows: Annotated[str | None, typer.Option(help=f"Only these, with what they need: {', '.join(BY_NAME)}.")] = None,
     use: Annotated[list[str] | None, typer.Option(metavar="ROW=MODEL", help="A row trained elsewhere.")] = None,
-    recipe: Annotated[Path, typer.Option(help="Recipe file; the tiny one ships with the package.")] = TINY,
-    override: Annotated[list[str] | None, typer.Option("--set", help="a.b=value: change the recipe.")] = None,
+    recipe: RecipeOption = TINY,
+    override: SetOption = None,
     count: Annotated[int, typer.Option(min=1, help="Held-out prompts.")] = Examination.prompts,
     seeds: Annotated[int, typer.Option(min=1, help="Videos of each prompt; diversity needs two.")] = 2,
     steps: Annotated[int, typer.Option(min=1, help="Of the teachers.")] = Examination.steps,
     long_count: Annotated[int, typer.Option(min=0, help="Prompts of the long rollouts.")] = Examination.long_prompts,
     long_seconds: Annotated[float, typer.Option(min=10, help="Their length.")] = Examination.long_seconds,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    device: DeviceOption = "cpu",
     threads: Annotated[int, typer.Option(min=1, help="Of torch in the evaluation.")] = 1,
     engine: EngineOption = EngineKind.plain,
     workers: Annotated[int, typer.Option(min=1, help="Processes of a training with zero; videos at once.")] = 1,
@@ -103,7 +115,7 @@ def ablation_command(
         return
     carry_out = partial(carry_out_here, device=device)
     if engine == EngineKind.zero:
-        carry_out = partial(_on_ray, workers=workers, device=device, cpus=cpus_per_worker, address=address)
+        carry_out = partial(_on_ray, where=Where(device, engine, workers, cpus_per_worker, address))
     hosting = Hosts(threads, workers, address)
     try:
         figures = run_ablation(ablation, examination, wanted, carry_out, hosting, console)
@@ -261,12 +273,8 @@ def _flat(option: str, values: Sequence[str]) -> list[str]:
     return [word for value in values for word in (option, value)]
 
 
-def _on_ray(job: Job, workers: int, device: str, cpus: float, address: str | None) -> bool:
+def _on_ray(job: Job, where: Where) -> bool:
     """A training on several processes."""
-    from .hosting import Hosting, train_on_ray  # Ray and DeepSpeed take seconds to import
-    from .initialize import InitializeJob
-
-    hosting = Hosting(workers, device, cpus, 1.0 if device == "cuda" else 0.0, address)
     recipe, section, *_ = job.settings()
     module = "initialize" if isinstance(job, InitializeJob) else "distill"
-    return train_on_ray(module, job, recipe.zero, section.steps, hosting, Console(stderr=True, highlight=False))
+    return train_zero(module, job, recipe.zero, section.steps, where)

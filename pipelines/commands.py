@@ -2,18 +2,25 @@
 
 import enum
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Protocol
 
 import torch
 import typer
 from rich.console import Console
 
-from ..actors.engine import TorchEngine
+from ..actors.engine import OneRank, TorchEngine
 from ..actors.learning.causality import CausalityError
 from ..cluster.storage import StorageError
 from ..cluster.training import TrainingFailed
+from ..cluster.zero_settings import Division
+from .memory import TrainingMemory, division_of, memory_lines
+from .recipe import ZeroRecipe
+from .trackers import check_trackers
 from .training import RUN, EngineFactory
+
+DEVICES = ("cpu", "cuda")
 
 
 class EngineKind(enum.StrEnum):
@@ -21,6 +28,11 @@ class EngineKind(enum.StrEnum):
     zero = "zero"
 
 
+RunOption = Annotated[Path, typer.Option(help="Folder of the run; an interrupted run goes on there.")]
+RecipeOption = Annotated[Path, typer.Option(help="Recipe file; the tiny one ships with the package.")]
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="a.b=value: change the recipe.")]
+DeviceOption = Annotated[str, typer.Option(help="cpu or cuda.")]
+DryOption = Annotated[bool, typer.Option("--dry-run", help="Say what memory the training takes, and start nothing.")]
 EngineOption = Annotated[EngineKind, typer.Option(help="plain: this process. zero: DeepSpeed ZeRO on Ray workers.")]
 WorkersOption = Annotated[int, typer.Option(min=1, help="zero: processes, one device each.")]
 CpusOption = Annotated[float, typer.Option(min=0.1, help="zero: CPUs of a worker.")]
@@ -29,8 +41,8 @@ AddressOption = Annotated[str | None, typer.Option(help="zero: a Ray to join: ho
 
 def check_device(device: str) -> None:
     """ValueError unless torch can use it here."""
-    if device not in ("cpu", "cuda"):
-        raise ValueError(f"--device: must be cpu or cuda, got {device!r}")
+    if device not in DEVICES:
+        raise ValueError(f"--device: must be {' or '.join(DEVICES)}, got {device!r}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no CUDA device here")
 
@@ -38,6 +50,75 @@ def check_device(device: str) -> None:
 def plain_engines(device: str) -> EngineFactory:
     """Engines of one process."""
     return lambda network, settings: TorchEngine(network, settings, device)
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where a training runs, as the command line says it. ValueError for a device that is not there.
+
+    Of a Ray that is joined only its workers know their devices.
+    """
+
+    device: str
+    engine: EngineKind
+    workers: int
+    cpus_per_worker: float
+    address: str | None
+
+    def __post_init__(self) -> None:
+        if self.engine == EngineKind.plain or self.address is None:
+            check_device(self.device)
+        elif self.device not in DEVICES:
+            raise ValueError(f"--device: must be {' or '.join(DEVICES)}, got {self.device!r}")
+
+    def division(self, zero: ZeroRecipe) -> Division:
+        """How what is trained is divided among processes."""
+        return division_of(zero if self.engine == EngineKind.zero else None, self.workers, self.device)
+
+
+class TrainingJob(Protocol):
+    """What is trained. `recipe` is resolved, `run` its folder."""
+
+    @property
+    def recipe(self) -> dict[str, Any]: ...
+    @property
+    def run(self) -> str: ...
+    def settings(self) -> tuple[Any, ...]:
+        """The recipe as a model, and the section of the method, first."""
+        ...
+
+
+def carry_out(
+    module: str,
+    job: TrainingJob,
+    where: Where,
+    train: Callable[..., bool],
+    memory: Callable[[Any], TrainingMemory],
+    *,
+    dry: bool,
+) -> None:
+    """What a training command does once its job is put together: say its memory, or train it. Ends as a command.
+
+    module: of `reelway.pipelines`, whose `train` and `memory` these are.
+    """
+    recipe, section, *_ = job.settings()
+    check_trackers(recipe.telemetry)
+    if dry:
+        for line in memory_lines(memory(job), where.division(recipe.zero)):
+            typer.echo(line)
+    elif where.engine == EngineKind.plain:
+        finish_command(Path(job.run), lambda: train(job, plain_engines(where.device), OneRank()))
+    else:
+        finish_command(Path(job.run), lambda: train_zero(module, job, recipe.zero, section.steps, where))
+
+
+def train_zero(module: str, job: Any, zero: ZeroRecipe, steps: int, where: Where) -> bool:
+    """A training on several processes; whether its gate passed."""
+    from .hosting import Hosting, train_on_ray  # Ray and DeepSpeed take seconds to import
+
+    gpus = 1.0 if where.device == "cuda" else 0.0
+    hosting = Hosting(where.workers, where.device, where.cpus_per_worker, gpus, where.address)
+    return train_on_ray(module, job, zero, steps, hosting, Console(stderr=True, highlight=False))
 
 
 def finish_command(run: Path, work: Callable[[], bool]) -> None:

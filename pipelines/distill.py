@@ -8,12 +8,11 @@ from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 from torch import Tensor, nn
 
-from ..actors.engine import Engine, OneRank, Ranks
+from ..actors.engine import Engine, Ranks, computed_dtype
 from ..actors.learning.batch import Draws, PromptContexts
 from ..actors.learning.distillation import DmdLearner, DmdSettings
 from ..actors.learning.long_rollouts import LongRollouts
@@ -22,20 +21,35 @@ from ..actors.learning.sources import ClipSource, NoisedClips, Rollouts, Rollout
 from ..actors.model_files import check_model, latents_shape, transformer_config, velocity_digest
 from ..kernels.causal.masks import FrameMask
 from ..kernels.causal.student import StudentSettings
+from ..kernels.wan.transformer import VideoTransformer
 from .commands import (
     AddressOption,
     CpusOption,
+    DeviceOption,
+    DryOption,
     EngineKind,
     EngineOption,
+    RecipeOption,
+    RunOption,
+    SetOption,
+    Where,
     WorkersOption,
-    check_device,
-    finish_command,
-    plain_engines,
+    carry_out,
 )
-from .memory import TrainedClips, TrainedNetwork, memory_lines
-from .recipe import TINY, DistillRecipe, Recipe, load_recipe
+from .memory import TrainedClips, TrainedNetwork, TrainingMemory, held_parts
+from .recipe import TINY, DistillRecipe, Recipe, TrainingOptimizerRecipe, load_recipe
 from .samples import SPRITES, Batches, Deal, PromptBatches, ShardBatches, TrainingData, training_prompts
-from .students import Parts, Scores, SheetPrompts, StudentSheets, export_student, load_network, origin_of
+from .students import (
+    Load,
+    Parts,
+    Scores,
+    SheetPrompts,
+    StudentSheets,
+    export_student,
+    has_own_encoder,
+    load_network,
+    origin_of,
+)
 from .telemetry import read_curve
 from .training import (
     RUN,
@@ -53,7 +67,7 @@ from .training import (
 SCORE_TOLERANCE = 0.02  # of a sheet's mean score, which is a mean over few clips
 VIEWED_TIMESTEP = 500.0  # at which sheets show the score networks' view
 
-Freeze = Callable[[nn.Module, torch.device], nn.Module]  # a network for forward passes only, brought to a device
+Freeze = Callable[[nn.Module, Engine], nn.Module]  # a network for forward passes only, held beside an engine
 
 app = typer.Typer(add_completion=False, help="Distil an initialised student from its bidirectional teacher.")
 
@@ -69,7 +83,8 @@ class DistillJob:
     """All that one process needs to do its part; plain and picklable.
 
     recipe: the resolved recipe. student: the model to begin with; the teacher's own folder begins without any
-    initialisation. data: the data set of `causvid`. prompts: of the methods without data.
+    initialisation. data: the data set of `causvid`. prompts: of the methods without data. critic: the model that the
+    fake score begins with, None for the teacher: a small one beside a large teacher.
     """
 
     recipe: dict[str, Any]
@@ -80,6 +95,7 @@ class DistillJob:
     prompts: str | None
     run: str
     engine: str = "plain"
+    critic: str | None = None
 
     def settings(self) -> tuple[Recipe, DistillRecipe]:
         """The recipe and its section of the method."""
@@ -113,49 +129,45 @@ class DistillJob:
 def distill_command(
     method: Annotated[Method, typer.Option(help="How the student's clips are made.")],
     teacher: Annotated[Path, typer.Option(help="Model folder of the teacher: bidirectional, or causal of many steps.")],
-    run: Annotated[Path, typer.Option(help="Folder of the run; an interrupted run goes on there.")],
+    run: RunOption,
     student: Annotated[
         Path | None, typer.Option(help="Model folder of the student to begin with; the teacher's weights by default.")
+    ] = None,
+    critic: Annotated[
+        Path | None, typer.Option(help="Model folder whose weights the fake score begins with; the teacher by default.")
     ] = None,
     data: Annotated[str | None, typer.Option(help="causvid: a data set of latents or trajectories.")] = None,
     prompts: Annotated[
         str | None, typer.Option(help=f"The others: a file, a data set (its captions), or {SPRITES}.")
     ] = None,
-    recipe: Annotated[Path, typer.Option(help="Recipe file; the tiny one ships with the package.")] = TINY,
-    override: Annotated[list[str] | None, typer.Option("--set", help="a.b=value: change the recipe.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    recipe: RecipeOption = TINY,
+    override: SetOption = None,
+    device: DeviceOption = "cpu",
     engine: EngineOption = EngineKind.plain,
     workers: WorkersOption = 1,
     cpus_per_worker: CpusOption = 1.0,
     address: AddressOption = None,
-    dry: Annotated[bool, typer.Option("--dry-run", help="Say what memory the training takes.")] = False,
+    dry: DryOption = False,
 ) -> None:
     """Train in RUN; the finished model is RUN/model, in the diffusers layout, with student.json."""
-    check_device(device)
+    where = Where(device, engine, workers, cpus_per_worker, address)
     needed, given = ("--data", data) if method == Method.causvid else ("--prompts", prompts)
     if given is None:
         raise ValueError(f"{needed}: --method {method.value} needs it")
     resolved = load_recipe(recipe, override).model_dump(mode="json")
-    start = str(student or teacher)
-    job = DistillJob(resolved, method.value, start, str(teacher), data, prompts, str(run), engine.value)
-    if dry:
-        for line in memory(job):
-            typer.echo(line)
-        return
-    if engine == EngineKind.plain:
-        finish_command(run, lambda: train(job, plain_engines(device), OneRank()))
-        return
-    from .hosting import Hosting, train_on_ray  # Ray and DeepSpeed take seconds to import
-
-    hosting = Hosting(workers, device, cpus_per_worker, 1.0 if device == "cuda" else 0.0, address)
-    recipe_used, section, *_ = job.settings()
-    console = Console(stderr=True, highlight=False)
-    finish_command(run, lambda: train_on_ray("distill", job, recipe_used.zero, section.steps, hosting, console))
+    start, fake = str(student or teacher), str(critic) if critic else None
+    job = DistillJob(resolved, method.value, start, str(teacher), data, prompts, str(run), engine.value, fake)
+    carry_out("distill", job, where, train, memory, dry=dry)
 
 
-def to_device(network: nn.Module, device: torch.device) -> nn.Module:
-    """The plain way to hold a frozen network: whole."""
-    return network.to(device)
+def hold_whole(network: nn.Module, engine: Engine) -> nn.Module:
+    """The plain way to hold a frozen network: whole, in the precision that the engine computes in.
+
+    What autocast would make of float32 weights in every pass, they are once and for all.
+    """
+    computed = computed_dtype(engine)
+    held = network.to_precision(computed) if isinstance(network, VideoTransformer) else network
+    return held.to(engine.device)
 
 
 def train(
@@ -165,11 +177,12 @@ def train(
     report: Report | None = None,
     interrupted: Interrupted | None = None,
     console: Console | None = None,
-    freeze: Freeze = to_device,
+    freeze: Freeze = hold_whole,
+    load: Load = load_network,
 ) -> bool:
     """One process's part of the training, in a folder that all see; whether the gate passed.
 
-    A finished run is left as it is. freeze: how the teacher's transformer is held.
+    A finished run is left as it is. load, freeze: how a network comes into memory, and how the teacher's is held.
     """
     recipe, section = job.settings()
     student = job.student_settings()
@@ -179,55 +192,76 @@ def train(
     record = RunRecord(stage.folder / RUN, ranks)
     if record.is_finished(stage):
         return record.gate_passed()
-    parts = Parts.load(Path(job.teacher))
-    engines = _engines(job, section, engine_factory)
-    parts = parts.to(engines[0].device)
-    contexts = PromptContexts(parts.encoder, engines[0].device)
+    teachers = Parts.load(Path(job.teacher))
+    own = teachers.of_student(Path(job.student))
+    engines = _engines(job, section, engine_factory, load)
+    device = engines[0].device
+    teachers, own = teachers.to(device), own.to(device)
     shape = data.shape if data else job.shape()
-    source = _source(job, student, engines[0], contexts, parts, shape, ranks)
-    real = freeze(load_network(Path(job.teacher)), engines[0].device)
-    mask = score_mask(Path(job.teacher))
-    learner = DmdLearner(*engines, real, contexts, source, _dmd_settings(recipe, section), ranks, mask)
+    source = _source(job, student, engines[0], PromptContexts(own.encoder, device), own, shape, ranks)
+    learner = DmdLearner(
+        *engines,
+        freeze(load(Path(job.teacher)), engines[1]),
+        PromptContexts(teachers.encoder, device),
+        source,
+        _dmd_settings(recipe, section),
+        ranks,
+        score_mask(Path(job.teacher)),
+    )
     prompts = SheetPrompts.choose(recipe, data.some_prompts if data else lambda: batches.take(0).prompts)
     sheet = StudentSheets(
         stage.folder / "sheets",
         engines[0],
-        parts,
+        own,
         transformer_config(Path(job.student)),
         student,
         prompts,
         (shape[0], shape[2], shape[3]),
         ranks,
-        _scores(learner) if ranks.size == 1 else None,
+        _scores(learner),
+        section.micro_batch,
     )
-    run_stage(stage, learner, batches, ranks, report=report, sheet=sheet, interrupted=interrupted, console=console)
+    run_stage(
+        stage,
+        learner,
+        batches,
+        ranks,
+        report=report,
+        sheet=sheet,
+        interrupted=interrupted,
+        console=console,
+        telemetry=recipe.telemetry,
+    )
     passed = close_gate(record, gate(stage.folder))
-    _export(job, stage, parts, engines[0], student, batches, (shape[2], shape[3]), ranks)
+    _export(job, stage, own, engines[0], student, batches, (shape[2], shape[3]), ranks)
     record.write(status="finished")
     ranks.barrier()
     return passed
 
 
-def memory(job: DistillJob) -> list[str]:
-    """What a device holds with the plain engine, in lines."""
+def memory(job: DistillJob) -> TrainingMemory:
+    """What a device holds."""
     _, section = job.settings()
-    student = job.student_settings()
-    configs = [transformer_config(Path(folder)) for folder in (job.student, job.teacher)]
+    settings = job.student_settings()
+    student, critic, teacher = (
+        transformer_config(Path(folder)) for folder in (job.student, job.critic or job.teacher, job.teacher)
+    )
     frames, _, height, width = job.shape()
-    is_rollout = job.method != Method.causvid
     clips = TrainedClips(
         section.micro_batch or section.batch,
         frames,
-        configs[0].tokens_per_frame(height, width),
+        student.tokens_per_frame(height, width),
         section.activation_checkpointing,
-        student.window if is_rollout else 0,
+        settings.window if job.method != Method.causvid else 0,
     )
     networks = [
-        TrainedNetwork("student", configs[0], averages=section.student.ema_decay > 0),
-        TrainedNetwork("critic", configs[1], averages=section.critic.ema_decay > 0),
-        TrainedNetwork("teacher", configs[1], trained=False),
+        TrainedNetwork("student", student, averages=section.student.ema_decay > 0),
+        TrainedNetwork("critic", critic, averages=section.critic.ema_decay > 0),
+        TrainedNetwork("teacher", teacher, trained=False),
     ]
-    return memory_lines(networks, clips)
+    has_two = has_own_encoder(Path(job.student), Path(job.teacher))
+    texts = [Path(job.student), Path(job.teacher)] if has_two else [Path(job.teacher)]
+    return TrainingMemory(networks, clips, held_parts(Path(job.teacher), texts))
 
 
 def gate(folder: Path) -> list[Check]:
@@ -257,13 +291,17 @@ def _batches(
     return None, PromptBatches(training_prompts(job.prompts, recipe), deal)
 
 
-def _engines(job: DistillJob, section: DistillRecipe, engine_factory: EngineFactory) -> tuple[Engine, Engine]:
-    """The student's and the critic's, which begins as the teacher."""
-    checkpointing = section.activation_checkpointing
-    student = load_network(Path(job.student), checkpointing=checkpointing)
-    critic = load_network(Path(job.teacher), checkpointing=checkpointing)
-    student_engine = engine_factory(student, optimizer_settings(section.student, section.steps))
-    return student_engine, engine_factory(critic, optimizer_settings(section.critic, section.steps))
+def _engines(
+    job: DistillJob, section: DistillRecipe, engine_factory: EngineFactory, load: Load
+) -> tuple[Engine, Engine]:
+    """The student's and the critic's, which begins as the teacher or as the model that is given for it."""
+
+    def engine(folder: str, optimizer: TrainingOptimizerRecipe) -> Engine:
+        network = load(Path(folder))
+        network.gradient_checkpointing = section.activation_checkpointing
+        return engine_factory(network, optimizer_settings(optimizer, section.steps))
+
+    return engine(job.student, section.student), engine(job.critic or job.teacher, section.critic)
 
 
 def _source(
@@ -328,8 +366,10 @@ def score_mask(teacher: Path) -> Callable[[int], FrameMask] | None:
 
 def _identity(job: DistillJob, recipe: Recipe, batches: Batches) -> dict[str, Any]:
     causal = {"teacher_is": "causal"} if _is_causal(Path(job.teacher)) else {}
+    critic = {"critic": velocity_digest(Path(job.critic))} if job.critic else {}
     return {
         **causal,
+        **critic,
         "engine": job.engine,
         "student": recipe.student.model_dump(mode="json"),
         "clip": recipe.clip.model_dump(mode="json"),

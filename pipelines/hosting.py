@@ -12,13 +12,19 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from ..actors.engine import OptimizerSettings
+from ..actors.engine import Engine, OneRank, OptimizerSettings
 from ..cluster.preflight import Requirements
 from ..cluster.session import start_or_join
-from ..cluster.training import TrainingHost, TrainingSettings, run_training
-from ..cluster.zero import ZeroEngine, ZeroSettings, shard_frozen
+from ..cluster.training import TrainingFailed, TrainingHost, TrainingSettings, run_training
+from ..cluster.zero import ZeroEngine, divided, shard_frozen
+from ..cluster.zero_settings import ZeroSettings
+from ..kernels.precision import fast_dtype
+from ..kernels.wan.weights import StoredTransformer
+from .memory import precision_on
 from .recipe import ZeroRecipe
+from .students import empty_network, load_network
 from .telemetry import LINE_EVERY_STEPS, progress_bar
+from .training import RUN, RunRecord
 
 
 @dataclass(frozen=True)
@@ -43,40 +49,68 @@ def train_on_ray(module: str, job: Any, zero: ZeroRecipe, steps: int, hosting: H
     after Ctrl-C, when what was done is saved.
     """
     run = Path(job.run).absolute()
-    settings = TrainingSettings(hosting.workers, run.parent, run.name, hosting.resources())
-    given = {"module": module, "job": replace(job, run=str(run)), "zero": zero, "frozen": zero.stage == 3}
+    settings = TrainingSettings(hosting.workers, run.parent, run.name, hosting.resources(), patience=zero.patience)
+    given = {"module": module, "job": replace(job, run=str(run)), "zero": zero}
     session = start_or_join(
         hosting.address, requirements=hosting.resources(), output=str(run.parent), dashboard=hosting.address is None
     )
     with session as found, _shown(module, steps, console) as show:
         for line in found.preflight:
             console.print(line)
-        report = run_training(_work, given, settings, on_metrics=show, on_note=console.print)
+        with _failures_recorded(run):
+            report = run_training(_work, given, settings, on_metrics=show, on_note=console.print)
     return bool(report.value)
+
+
+@contextmanager
+def _failures_recorded(run: Path) -> Iterator[None]:
+    """What ended a run from outside its processes, they could not write into run.json themselves."""
+    try:
+        yield
+    except TrainingFailed as error:
+        if (run / RUN).exists():
+            RunRecord(run / RUN, OneRank()).write(status="stopped", reason=str(error))
+        raise
 
 
 def _work(given: dict[str, Any], host: TrainingHost) -> bool:
     """One rank's part; runs in a worker's process."""
     train = importlib.import_module(f".{given['module']}", __package__).train
-    zero: ZeroRecipe = given["zero"]
-    named = {"freeze": _frozen} if given["frozen"] and given["module"] == "distill" else {}
+    zero = _affordable(given["zero"], host.device)
+    is_frozen = zero.stage == 3 and given["module"] == "distill"
     passed: bool = train(
         given["job"],
-        partial(_engine, zero),
+        partial(_engine, zero, host.device),
         host.ranks,
         report=host.report,
         interrupted=host.interrupted,
         console=Console(quiet=True),  # the driver draws the bar
-        **named,
+        load=partial(_load, zero, host.device),
+        **({"freeze": partial(_frozen, zero)} if is_frozen else {}),
     )
     return passed
 
 
-def _engine(zero: ZeroRecipe, network: nn.Module, optimizer: OptimizerSettings) -> ZeroEngine:
+def _affordable(zero: ZeroRecipe, device: torch.device) -> ZeroRecipe:
+    """Mixed precision means float32 alone where the device has no fast bfloat16, as in the plain engine."""
+    if zero.precision == "autocast" and fast_dtype(device) == torch.float32:
+        return zero.model_copy(update={"precision": "fp32"})
+    return zero
+
+
+def _load(zero: ZeroRecipe, device: torch.device, folder: Path) -> nn.Module:
+    """A model's transformer: divided among the ranks in stage 3, else whole on each."""
+    if zero.stage < 3:
+        return load_network(folder, device, torch.bfloat16 if zero.precision == "bf16" else torch.float32)
+    stored = StoredTransformer(folder)
+    return divided(empty_network(stored.config), stored.read, zero.precision, _place(zero.offload_parameters))
+
+
+def _engine(zero: ZeroRecipe, device: torch.device, network: nn.Module, optimizer: OptimizerSettings) -> ZeroEngine:
     settings = ZeroSettings(
         rate=optimizer.rate,
         stage=zero.stage,
-        precision=zero.precision,
+        precision=precision_on(zero, device),
         offload_optimizer=_place(zero.offload_optimizer),
         offload_parameters=_place(zero.offload_parameters),
         betas=optimizer.betas,
@@ -91,9 +125,9 @@ def _place(offloaded: bool) -> Literal["none", "cpu"]:
     return "cpu" if offloaded else "none"
 
 
-def _frozen(network: nn.Module, device: torch.device) -> nn.Module:
+def _frozen(zero: ZeroRecipe, network: nn.Module, engine: Engine) -> nn.Module:
     """The teacher divided among the ranks, as the student is in stage 3."""
-    return shard_frozen(network)
+    return shard_frozen(network, "bf16" if zero.precision == "bf16" else "fp32")
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from ..actors.engine import OneRank, Ranks
+from ..actors.engine import Ranks
 from ..actors.learning.batch import PromptContexts
 from ..actors.learning.regression import CausalTeacherLearner, LearnerSettings, OdeLearner
 from ..actors.model_files import check_model, transformer_config, velocity_digest
@@ -16,17 +16,30 @@ from ..kernels.causal.student import StudentSettings
 from .commands import (
     AddressOption,
     CpusOption,
+    DeviceOption,
+    DryOption,
     EngineKind,
     EngineOption,
+    RecipeOption,
+    RunOption,
+    SetOption,
+    Where,
     WorkersOption,
-    check_device,
-    finish_command,
-    plain_engines,
+    carry_out,
 )
-from .memory import TrainedClips, TrainedNetwork, memory_lines
+from .memory import TrainedClips, TrainedNetwork, TrainingMemory, held_parts
 from .recipe import TINY, CausalTeacherRecipe, InitializeRecipe, Recipe, load_recipe
 from .samples import Batches, Deal, ShardBatches, TrainingData
-from .students import Parts, SheetPrompts, StudentSheets, export_student, load_network, origin_of
+from .students import (
+    Load,
+    Parts,
+    SheetPrompts,
+    StudentSheets,
+    export_student,
+    has_own_encoder,
+    load_network,
+    origin_of,
+)
 from .telemetry import read_curve
 from .training import (
     RUN,
@@ -79,35 +92,23 @@ class InitializeJob:
 def initialize_command(
     teacher: Annotated[Path, typer.Option(help="Model folder in the diffusers layout.")],
     data: Annotated[str, typer.Option(help="Trajectories of this teacher; for causal-teacher latents do, too.")],
-    run: Annotated[Path, typer.Option(help="Folder of the run; an interrupted run goes on there.")],
+    run: RunOption,
     method: Annotated[Method, typer.Option(help="ode: the student. causal-teacher: a many-step model.")] = Method.ode,
     start: Annotated[Path | None, typer.Option(help="Begin with this model's weights, not the teacher's.")] = None,
-    recipe: Annotated[Path, typer.Option(help="Recipe file; the tiny one ships with the package.")] = TINY,
-    override: Annotated[list[str] | None, typer.Option("--set", help="a.b=value: change the recipe.")] = None,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    recipe: RecipeOption = TINY,
+    override: SetOption = None,
+    device: DeviceOption = "cpu",
     engine: EngineOption = EngineKind.plain,
     workers: WorkersOption = 1,
     cpus_per_worker: CpusOption = 1.0,
     address: AddressOption = None,
-    dry: Annotated[bool, typer.Option("--dry-run", help="Say what memory the training takes.")] = False,
+    dry: DryOption = False,
 ) -> None:
     """Train in RUN; the finished model is RUN/model, in the diffusers layout, with student.json."""
-    check_device(device)
+    where = Where(device, engine, workers, cpus_per_worker, address)
     resolved = load_recipe(recipe, override).model_dump(mode="json")
     job = InitializeJob(resolved, method.value, str(teacher), str(start or teacher), data, str(run), engine.value)
-    if dry:
-        for line in memory(job):
-            typer.echo(line)
-        return
-    if engine == EngineKind.plain:
-        finish_command(run, lambda: train(job, plain_engines(device), OneRank()))
-        return
-    from .hosting import Hosting, train_on_ray  # Ray and DeepSpeed take seconds to import
-
-    hosting = Hosting(workers, device, cpus_per_worker, 1.0 if device == "cuda" else 0.0, address)
-    recipe_used, section, *_ = job.settings()
-    console = Console(stderr=True, highlight=False)
-    finish_command(run, lambda: train_on_ray("initialize", job, recipe_used.zero, section.steps, hosting, console))
+    carry_out("initialize", job, where, train, memory, dry=dry)
 
 
 def train(
@@ -117,10 +118,11 @@ def train(
     report: Report | None = None,
     interrupted: Interrupted | None = None,
     console: Console | None = None,
+    load: Load = load_network,
 ) -> bool:
     """One process's part of the training, in a folder that all see; whether the gate passed.
 
-    A finished run is left as it is.
+    A finished run is left as it is. load: how a network comes into memory.
     """
     recipe, section, student = job.settings()
     data = TrainingData.open(job.data, student, clean_only=job.method != Method.ode)
@@ -129,8 +131,9 @@ def train(
     record = RunRecord(stage.folder / RUN, ranks)
     if record.is_finished(stage):
         return record.gate_passed()
-    parts = Parts.load(Path(job.teacher))
-    network = load_network(Path(job.start), checkpointing=section.activation_checkpointing)
+    parts = Parts.load(Path(job.teacher)).of_student(Path(job.start))
+    network = load(Path(job.start))
+    network.gradient_checkpointing = section.activation_checkpointing
     engine = engine_factory(network, optimizer_settings(section.optimizer, section.steps))
     parts = parts.to(engine.device)
     contexts = PromptContexts(parts.encoder, engine.device)
@@ -138,37 +141,44 @@ def train(
     batches = ShardBatches(data, Deal.of(section, ranks))
     prompts = SheetPrompts.choose(recipe, data.some_prompts)
     frames, _, height, width = data.shape
-    sheet = StudentSheets(
-        stage.folder / "sheets", engine, parts, parts.config, student, prompts, (frames, height, width), ranks
+    size, config = (frames, height, width), transformer_config(Path(job.start))
+    folder, at_once = stage.folder / "sheets", section.micro_batch
+    sheet = StudentSheets(folder, engine, parts, config, student, prompts, size, ranks, at_once=at_once)
+    run_stage(
+        stage,
+        learner,
+        batches,
+        ranks,
+        report=report,
+        # The chunk generator takes few steps: of a many-step model it would show noise.
+        sheet=sheet if job.method == Method.ode else None,
+        interrupted=interrupted,
+        console=console,
+        telemetry=recipe.telemetry,
     )
-    # The chunk generator takes few steps: of a many-step model it would show noise.
-    shown = sheet if job.method == Method.ode else None
-    run_stage(stage, learner, batches, ranks, report=report, sheet=shown, interrupted=interrupted, console=console)
     passed = close_gate(record, [_causality_check(), _flattened(stage.folder)])
     weights = engine.averaged_weights()
     if ranks.rank == 0:
         made = student if job.method == Method.ode else replace(student, sampling="many-step")
-        export_student(stage.folder, parts, parts.config, weights, made, _origin(job, stage, batches), (height, width))
+        export_student(stage.folder, parts, config, weights, made, _origin(job, stage, batches), (height, width))
     record.write(status="finished")
     ranks.barrier()
     return passed
 
 
-def memory(job: InitializeJob) -> list[str]:
-    """What a device holds with the plain engine, in lines."""
+def memory(job: InitializeJob) -> TrainingMemory:
+    """What a device holds."""
     _, section, student = job.settings()
     data = TrainingData.open(job.data, student, clean_only=job.method != Method.ode)
     config = transformer_config(Path(job.start))
     averages = section.optimizer.ema_decay > 0
     frames, _, height, width = data.shape
-    passes = 2 * frames if job.method == Method.causal_teacher else frames
-    clips = TrainedClips(
-        section.micro_batch or section.batch,
-        passes,
-        config.tokens_per_frame(height, width),
-        section.activation_checkpointing,
-    )
-    return memory_lines([TrainedNetwork("student", config, averages=averages)], clips)
+    passes = 2 * frames if job.method == Method.causal_teacher and section.context == "clean" else frames
+    tokens = config.tokens_per_frame(height, width)
+    clips = TrainedClips(section.micro_batch or section.batch, passes, tokens, section.activation_checkpointing)
+    text = job.start if has_own_encoder(Path(job.start), Path(job.teacher)) else job.teacher
+    others = held_parts(Path(job.teacher), [Path(text)])
+    return TrainingMemory([TrainedNetwork("student", config, averages=averages)], clips, others)
 
 
 def _learner(

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from ..cluster.zero_settings import Place
+from ..cluster.zero_settings import check as check_zero
 from ..kernels.causal.student import StudentSettings
 from ..kernels.diffusion.schedule import warp
 
@@ -74,27 +76,52 @@ class VAERecipe(Strict):
     phases: Annotated[list[VAEPhaseRecipe], Field(min_length=1)]
 
 
+class TextRecipe(Strict):
+    """The text encoder learns to tell what captions say, before the teacher reads it. It stays as it is then."""
+
+    steps: Positive = 2000
+    batch: Positive = 256
+    optimizer: OptimizerRecipe = OptimizerRecipe()
+
+
+class TurnRecipe(Strict):
+    """The batch of one update: `clips` clips of `frames` latent frames."""
+
+    frames: Positive
+    clips: Positive
+
+
 class TeacherPhaseRecipe(Strict):
     """A stretch of the teacher's training, which begins with the averaged weights of the one before.
 
-    batch: clips of an update. lengths: latent frames of the clips, update by update in turn; shorter clips are the
-    beginnings of whole ones, in larger batches (up to four times). They show more scenes for the same arithmetic, and
-    more of the first latent frame, which is one of an image.
+    turns: the batches of its updates, one after the other and again from the first. Clips of one latent frame, a
+    picture, teach what things look like for a twentieth of the arithmetic; the first latent frame of a video is one.
     """
 
     steps: Positive
-    batch: Positive = 48
-    lengths: Annotated[list[Positive], Field(min_length=1)] = [21]
+    turns: Annotated[list[TurnRecipe], Field(min_length=1)]
     optimizer: OptimizerRecipe = OptimizerRecipe()
 
 
 class TeacherRecipe(Strict):
-    """Flow-matching training of the transformer, with the text encoder trained along."""
+    """Flow-matching training of the transformer.
 
-    clips: Positive = 12000
+    clips: how many are rendered and encoded, by their length in latent frames. map_weight: of the demand that the
+    middle block knows what each token shows; 0 for none.
+    """
+
+    clips: Annotated[dict[Positive, Positive], Field(min_length=1)]
     shift: Rate = 3.0
     prompt_drop: Share = 0.1
+    map_weight: Annotated[float, Field(ge=0)] = 0.5
     phases: Annotated[list[TeacherPhaseRecipe], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _must_have_the_clips(self) -> "TeacherRecipe":
+        for frames in (turn.frames for phase in self.phases for turn in phase.turns):
+            if frames not in self.clips:
+                raise ValueError(f"phases: a turn of {frames} latent frames needs clips of that length, in `clips`")
+        return self
 
 
 class PretrainRecipe(Strict):
@@ -104,6 +131,7 @@ class PretrainRecipe(Strict):
     seed: int = 0
     world: WorldRecipe = WorldRecipe()
     vae: VAERecipe
+    text: TextRecipe = TextRecipe()
     teacher: TeacherRecipe
 
 
@@ -188,6 +216,7 @@ class TrainingRecipe(Strict):
 
     batch: clips of one update, over all processes. lanes: streams of samples that a batch is dealt from; any number
     of processes that divides it sees the same batches. micro_batch: clips of one forward pass, by memory.
+    diverged: a loss of so many times the median of the last ones stops the run.
     """
 
     seed: int = 0
@@ -200,6 +229,7 @@ class TrainingRecipe(Strict):
     sheet_every: Positive = 100
     activation_checkpointing: bool = False
     poisoned: Literal["fatal", "skip"] = "fatal"
+    diverged: Annotated[float, Field(gt=1)] = 100.0
 
     @model_validator(mode="after")
     def _must_divide(self) -> "TrainingRecipe":
@@ -267,13 +297,32 @@ class ZeroRecipe(Strict):
 
     stage: 0 replicates all, 1 shards the optimiser's state, 2 the gradients too, 3 the parameters too, and then the
     teacher's as well. precision: fp32; autocast, fp32 weights computed with in bfloat16; bf16, bfloat16 weights
-    beside sharded fp32 masters (stages 2 and 3).
+    beside sharded fp32 masters (stages 2 and 3). patience: seconds without a step after which all processes are started
+    again; after half of it the one that hangs is named.
     """
 
     stage: Literal[0, 1, 2, 3] = 2
     precision: Literal["fp32", "autocast", "bf16"] = "autocast"
     offload_optimizer: bool = False
     offload_parameters: bool = False
+    patience: Rate = 1800.0
+
+    @model_validator(mode="after")
+    def _must_fit(self) -> "ZeroRecipe":
+        places: tuple[Place, ...] = ("none", "cpu")
+        check_zero(self.stage, self.precision, places[self.offload_optimizer], places[self.offload_parameters])
+        return self
+
+
+class TelemetryRecipe(Strict):
+    """Where the curves of `initialize` and `distill` go besides the run's own folder.
+
+    trackers: of wandb and mlflow, which must be installed. project: their name for what belongs together. Everything
+    else is theirs: WANDB_MODE, MLFLOW_TRACKING_URI, ...
+    """
+
+    trackers: list[Literal["wandb", "mlflow"]] = []
+    project: str = "reelway"
 
 
 class DistillMethods(Strict):
@@ -297,6 +346,7 @@ class Recipe(Strict):
     initialize: InitializeRecipe = InitializeRecipe()
     distill: DistillMethods = DistillMethods()
     zero: ZeroRecipe = ZeroRecipe()
+    telemetry: TelemetryRecipe = TelemetryRecipe()
 
 
 Section = TypeVar("Section", bound=Strict)

@@ -4,7 +4,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -21,6 +21,8 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 from rich.text import Text
+
+from .trackers import Tracker
 
 LINE_EVERY_STEPS = 100  # in a log, where a progress bar cannot be drawn
 
@@ -48,15 +50,27 @@ def read_curve(path: Path) -> list[dict[str, float]]:
 
 
 class Telemetry:
-    """A stage's figures: `curve.jsonl` (every step), `scores.jsonl` (every sheet), TensorBoard, a bar on stderr."""
+    """A stage's figures: `curve.jsonl` (every step), `scores.jsonl` (every sheet), TensorBoard, a bar on stderr.
 
-    def __init__(self, name: str, folder: Path, start: int, steps: int, console: Console | None = None) -> None:
+    start: steps done; what is known of later ones, and of the sheet after them, is forgotten: it comes again.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        folder: Path,
+        start: int,
+        steps: int,
+        console: Console | None = None,
+        trackers: Sequence[Tracker] = (),
+    ) -> None:
         from torch.utils.tensorboard import SummaryWriter  # takes seconds to import, and only trainings need it
 
         self._name, self._steps = name, steps
         self._console = console or Console(stderr=True)
         self._curve = Curve(folder / "curve.jsonl", start)
-        self._scores = Curve(folder / "scores.jsonl", start + 1)
+        self._scores = Curve(folder / "scores.jsonl", start)
+        self._trackers = trackers
         self._board = SummaryWriter(folder / "tensorboard", purge_step=start)
         self._began = time.monotonic() - self._curve.seconds_before
         self._bar = progress_bar(self._console)
@@ -67,23 +81,32 @@ class Telemetry:
         """The metrics of the step number `step`, counted from 0."""
         seconds = time.monotonic() - self._began
         self._curve.append({"step": step, "seconds": seconds, **metrics})
-        for name, value in metrics.items():
-            self._board.add_scalar(f"{self._name}/{name}", value, step)
+        self._send(metrics, step)
         done = step + 1
         self._bar.update(self._task, completed=done, loss=metrics["loss"])
         if not self._console.is_terminal and (done % LINE_EVERY_STEPS == 0 or done == self._steps):
             line = f"{self._name}: step {done}/{self._steps}, loss {metrics['loss']:.4f}, {seconds:.0f} s"
             self._console.print(line, highlight=False)
 
-    def scores(self, done: int, scores: dict[str, float]) -> None:
-        """What a sheet was graded with after `done` steps."""
-        self._scores.append({"step": done, **scores})
-        for name, value in scores.items():
-            self._board.add_scalar(f"{self._name}/{name}", value, done)
+    def sheet(self, done: int, path: Path, scores: dict[str, float]) -> None:
+        """A sheet that was drawn after `done` steps, and what it was graded with, if anything grades it."""
+        if scores:
+            self._scores.append({"step": done, **scores})
+            self._send(scores, done)
+        for tracker in self._trackers:
+            tracker.sheet(path, done)
 
-    def close(self) -> None:
+    def close(self, *, failed: bool = False) -> None:
         self._bar.stop()
         self._board.close()
+        for tracker in self._trackers:
+            tracker.close(failed=failed)
+
+    def _send(self, values: dict[str, float], step: int) -> None:
+        for name, value in values.items():
+            self._board.add_scalar(f"{self._name}/{name}", value, step)
+        for tracker in self._trackers:
+            tracker.log(values, step)
 
 
 class _Rate(ProgressColumn):

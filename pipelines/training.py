@@ -1,8 +1,12 @@
 """The loop of every training stage, in one process or as one rank of many: it knows neither engines nor Ray."""
 
 import json
+import os
 import shutil
-from collections.abc import Callable
+import statistics
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,20 +16,33 @@ from rich.console import Console
 from ..actors.engine import Engine, OptimizerSettings, Ranks
 from ..actors.learning.batch import Batch
 from ..actors.learning.causality import CausalityError
-from .recipe import TrainingOptimizerRecipe, TrainingRecipe, fingerprint
+from .recipe import TelemetryRecipe, TrainingOptimizerRecipe, TrainingRecipe, fingerprint
 from .samples import Batches
 from .telemetry import Telemetry, finishing_the_step
+from .trackers import open_trackers
 
 RUN, RECIPE, MARK = "run.json", "recipe.json", "complete.json"
 # Fields of a recipe that say how a stage is run and not what it makes: they may change when it goes on.
-HOW = ("micro_batch", "checkpoint_every", "keep", "sheet_every", "activation_checkpointing")
+HOW = ("micro_batch", "checkpoint_every", "keep", "sheet_every", "activation_checkpointing", "diverged")
+MEMORY, ENOUGH = 50, 20  # losses of which the median is taken, and how many it takes to say anything
 
 EngineFactory = Callable[[Any, OptimizerSettings], Engine]  # a network (nn.Module) and how it is trained
 Report = Callable[
     [dict[str, float], Path | None], None
 ]  # a step's metrics, and the checkpoint after it if one was made
-Sheet = Callable[[int], dict[str, float]]  # draws what the student makes after so many steps; its scores by name
 Interrupted = Callable[[], bool]  # whether the host of this process wants an end
+
+
+class Sheet(Protocol):
+    """Draws what the student makes."""
+
+    def __call__(self, done: int) -> dict[str, float]:
+        """The sheet after so many steps; its mean scores by name, where something grades it. Every rank calls."""
+        ...
+
+    def path(self, done: int) -> Path:
+        """Its file."""
+        ...
 
 
 class StageLearner(Protocol):
@@ -79,36 +96,50 @@ def run_stage(
     sheet: Sheet | None = None,
     interrupted: Interrupted | None = None,
     console: Console | None = None,
+    telemetry: TelemetryRecipe | None = None,
 ) -> None:
     """Train to the stage's last step, going on from its newest checkpoint.
 
     Before the first step the causality self-test runs. Ctrl-C (or `interrupted`), on any rank, ends the step, saves a
-    checkpoint and raises KeyboardInterrupt on every rank. A loss or gradient that is not finite raises
-    FloatingPointError with the step and the samples; a sample that cannot be used, where that is fatal, ShardError.
-    run.json says what happened. ValueError, with what differs, where the folder holds another run.
+    checkpoint and raises KeyboardInterrupt on every rank. A loss or gradient that is not finite, or a loss that has
+    run away, raises FloatingPointError with the step and the samples; a sample that cannot be used, where that is
+    fatal, ShardError. run.json says what happened. ValueError, with what differs, where the folder holds another run.
     """
     claim(stage, ranks)
     checkpoints = Checkpoints(stage.folder / "checkpoints", stage.recipe.keep, ranks)
     start = checkpoints.restore(learner, batches)
-    if start >= stage.recipe.steps:
-        return
     record = RunRecord(stage.folder / RUN, ranks)
     record.write(stage=stage.name, fingerprint=stage.fingerprint, status="running")
     loop = _Loop(stage, learner, batches, ranks, checkpoints, report, sheet)
-    telemetry = Telemetry(stage.name, stage.folder, start, stage.recipe.steps, console) if ranks.rank == 0 else None
     try:
-        with finishing_the_step() as signalled:
-            loop.run(start, telemetry, lambda: signalled.is_set() or (interrupted is not None and interrupted()))
+        with finishing_the_step() as signalled, _shown(stage, start, ranks, console, telemetry) as shown:
+            loop.run(start, shown, lambda: signalled.is_set() or (interrupted is not None and interrupted()))
     except KeyboardInterrupt:
         record.write(status="interrupted", step=learner.updates, left_out=_left_out(batches, ranks))
         raise
     except (ValueError, OSError, ArithmeticError, CausalityError) as error:
-        record.write(status="stopped", reason=str(error), step=learner.updates, left_out=batches.left_out)
+        # What stops a run may have happened on one rank alone, while the first waits for it.
+        record.write_here(status="stopped", reason=str(error), step=learner.updates, left_out=batches.left_out)
         raise
-    finally:
-        if telemetry:
-            telemetry.close()
     record.write(status="trained", step=learner.updates, left_out=_left_out(batches, ranks), causality="passed")
+
+
+@contextmanager
+def _shown(
+    stage: Stage, start: int, ranks: Ranks, console: Console | None, recipe: TelemetryRecipe | None
+) -> Iterator[Telemetry | None]:
+    """Rank 0's telemetry, closed with the block."""
+    if ranks.rank:
+        yield None
+        return
+    trackers = open_trackers(recipe, stage.name, stage.folder, stage.full_identity()) if recipe else []
+    telemetry = Telemetry(stage.name, stage.folder, start, stage.recipe.steps, console, trackers)
+    failed = True
+    try:
+        yield telemetry
+        failed = False
+    finally:
+        telemetry.close(failed=failed)
 
 
 def _left_out(batches: Batches, ranks: Ranks) -> int:
@@ -125,11 +156,12 @@ class _Loop:
     checkpoints: "Checkpoints"
     report: Report | None
     sheet: Sheet | None
+    losses: deque[float] = field(default_factory=lambda: deque(maxlen=MEMORY))
 
     def run(self, start: int, telemetry: Telemetry | None, is_interrupted: Callable[[], bool]) -> None:
         steps = self.stage.recipe.steps
-        if start == 0:
-            self._draw(0, telemetry)
+        # A checkpoint stands before its sheet is drawn: a run that went on from there may lack it.
+        self._draw(start, telemetry)
         for step in range(start, steps):
             batch = self.batches.take(step)
             if step == start:
@@ -145,23 +177,37 @@ class _Loop:
                 self.report({"step": float(done), **metrics}, saved)
             if stops:
                 raise KeyboardInterrupt
-            if done == steps or done % self.stage.recipe.sheet_every == 0:
-                self._draw(done, telemetry)
+            self._draw(done, telemetry)
 
     def _step(self, batch: Batch) -> dict[str, float]:
         try:
-            return self.learner.step(batch)
+            metrics = self.learner.step(batch)
+            self._must_not_diverge(metrics["loss"])
         except FloatingPointError as error:
+            # Every rank comes here: the norm of the gradients, and the loss, are those of all.
+            keys = ", ".join(self.ranks.gather(", ".join(batch.keys)))
             kept = self.checkpoints.newest()
             where = f"step {batch.step} of {self.stage.name}"
             saved = f"the newest checkpoint is that of step {kept}" if kept else "there is no checkpoint yet"
-            raise FloatingPointError(f"{where}: {error}; samples {', '.join(batch.keys)}; {saved}") from None
+            raise FloatingPointError(f"{where}: {error}; samples {keys}; {saved}") from None
+        return metrics
+
+    def _must_not_diverge(self, loss: float) -> None:
+        """FloatingPointError where a loss is far from the last ones; it is then not saved in a checkpoint."""
+        if len(self.losses) >= ENOUGH:
+            usual, limit = statistics.median(self.losses), self.stage.recipe.diverged
+            if loss > limit * usual:
+                raise FloatingPointError(f"diverged: loss {loss:.4g}, above {limit:g} times the usual {usual:.4g}")
+        self.losses.append(loss)
 
     def _draw(self, done: int, telemetry: Telemetry | None) -> None:
-        """A sheet; every rank makes its calls, rank 0 keeps the scores."""
-        scores = self.sheet(done) if self.sheet else {}
-        if telemetry and scores:
-            telemetry.scores(done, scores)
+        """A sheet, if one is due; every rank makes its calls, rank 0 keeps it."""
+        recipe = self.stage.recipe
+        if self.sheet is None or not (done == recipe.steps or done % recipe.sheet_every == 0):
+            return
+        scores = self.sheet(done)
+        if telemetry:
+            telemetry.sheet(done, self.sheet.path(done), scores)
 
 
 class Checkpoints:
@@ -234,8 +280,11 @@ class RunRecord:
 
     def write(self, **values: Any) -> None:
         """Put values beside, or in place of, those that are there; a new status forgets the last one's reason."""
-        if not self._writes:
-            return
+        if self._writes:
+            self.write_here(**values)
+
+    def write_here(self, **values: Any) -> None:
+        """`write`, on whatever rank."""
         content = {name: value for name, value in self.read().items() if name != "reason" or "status" not in values}
         write_json(self._path, content | values)
 
@@ -249,9 +298,12 @@ def claim(stage: Stage, ranks: Ranks) -> None:
         if before != json.loads(json.dumps(identity)):
             raise ValueError(f"{stage.folder}: made by another run; {differences(before, identity)}")
     ranks.barrier()
-    if ranks.rank == 0 and not path.exists():
+    if ranks.rank == 0:
         stage.folder.mkdir(parents=True, exist_ok=True)
-        write_json(path, {"fingerprint": stage.fingerprint, **identity})
+        for torn in stage.folder.glob("*.json.*.partial"):  # of a process that was killed while it wrote
+            torn.unlink()
+        if not path.exists():
+            write_json(path, {"fingerprint": stage.fingerprint, **identity})
     ranks.barrier()
 
 
@@ -269,7 +321,7 @@ def differences(before: dict[str, Any], now: dict[str, Any], prefix: str = "") -
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """Whole or not at all."""
-    temporary = path.with_name(f"{path.name}.partial")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
     temporary.write_text(json.dumps(content, indent=2) + "\n")
     temporary.replace(path)
 

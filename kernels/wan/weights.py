@@ -15,10 +15,10 @@ import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -40,6 +40,7 @@ WEIGHTS_FILE = "diffusion_pytorch_model.safetensors"
 INDEX_FILE = WEIGHTS_FILE + ".index.json"
 NETWORK_KEYS = ("generator_ema", "generator", "critic")
 MAX_SHARD_BYTES = 10 * 10**9
+_FLOATS = ("F64", "F32", "F16", "BF16")  # safetensors' names
 
 
 @dataclass(frozen=True)
@@ -188,6 +189,43 @@ def read_transformer(folder: str | os.PathLike[str]) -> tuple[TransformerConfig,
         refuse_image_tensors(state)
         check_shapes(expected_shapes(config), state)
     return config, state
+
+
+class StoredTransformer:
+    """The transformer of a model folder, its tensors read one at a time: what fills a network without a second copy.
+
+    folder: as for `read_transformer`, with its errors; names, shapes and types are checked from the files' headers.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str]) -> None:
+        self._folder = transformer_folder(folder)
+        self.config = _read_config(self._folder / "config.json")
+        self._file_of: dict[str, Path] = {}
+        known: State = {}
+        for file in _weight_files(self._folder):
+            with _opened(file) as tensors:
+                for name in tensors.keys():  # noqa: SIM118 -- not a dict
+                    stored = tensors.get_slice(name)
+                    dtype = torch.float32 if stored.get_dtype() in _FLOATS else torch.int64
+                    known[name] = torch.empty(stored.get_shape(), dtype=dtype, device="meta")
+                    self._file_of[name] = file
+        with _about(self._folder):
+            refuse_image_tensors(known)
+            check_shapes(expected_shapes(self.config), known)
+
+    def read(self, name: str) -> Tensor:
+        """A tensor as it is stored, on the CPU; it may be mapped from the file."""
+        with _opened(self._file_of[name]) as tensors:
+            return cast(Tensor, tensors.get_tensor(name))
+
+
+@contextlib.contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except SafetensorError as error:
+        raise ValueError(f"{file}: truncated or damaged safetensors file") from error
 
 
 def _read_config(path: Path) -> TransformerConfig:

@@ -15,7 +15,7 @@ from reelway.cluster.zero import STATE, ZeroSettings
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 from zero_ranks import SAVED_AFTER, STAGES, UPDATES, plain_distillation  # noqa: E402
-from zero_recipe import RATE, Plain  # noqa: E402
+from zero_recipe import RATE, Plain, make_network  # noqa: E402
 
 FLOAT = {"rtol": 1e-5, "atol": 1e-6}
 Results = dict[str, Any]
@@ -34,7 +34,7 @@ def run_ranks(scenario: str, size: int, folder: Path) -> Any:
     command = [[python, script, scenario, str(rank), str(size), str(folder)] for rank in range(size)]
     ranks = [subprocess.Popen(line, env=environment, stderr=subprocess.PIPE, text=True) for line in command]
     try:
-        errors = [rank.communicate(timeout=600)[1] for rank in ranks]
+        errors = [rank.communicate(timeout=280)[1] for rank in ranks]
     finally:
         for rank in ranks:
             rank.kill()
@@ -116,6 +116,18 @@ def test_another_number_of_processes_goes_on_from_a_checkpoint(alone: Results, p
 def test_student_critic_and_teacher_live_in_one_process(pair: Results, stage: int) -> None:
     """The video transformer with checkpointed activations, in the patterns that distillation has."""
     assert pair[f"distilled-{stage}"]["losses"] == pytest.approx(plain_distillation(), rel=1e-4)
+
+
+def test_a_network_that_was_never_whole_trains_the_same_bit_by_bit(pair: Results, plain: Results) -> None:
+    assert_same(pair["exact-divided"], plain)
+    assert_same(pair["bf16-divided"], pair["bf16-3"])
+    assert pair["distilled-divided"]["losses"] == pair["distilled-3"]["losses"]
+
+
+def test_a_divided_network_lies_on_each_rank_in_part(pair: Results) -> None:
+    sizes = {name: value.numel() for name, value in make_network().named_parameters()}
+    for rank in pair["held"]:
+        assert rank == {name: (0, -(-size // 2)) for name, size in sizes.items()}
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])

@@ -1,5 +1,6 @@
 """One rank of the runs that test_zero.py looks at: `zero_ranks.py SCENARIO RANK SIZE FOLDER`. Writes results there."""
 
+import copy
 import sys
 from collections.abc import Callable
 from dataclasses import replace
@@ -101,12 +102,12 @@ def distil(
         update("critic", (predicted - noise).square().mean())
 
 
-def distil_zero(stage: int) -> dict[str, Any]:
+def distil_zero(stage: int, prepare: Callable[[Any], Any] = lambda network: network) -> dict[str, Any]:
     engines = {
-        name: ZeroEngine(small_transformer(seed), settings(stage=stage))
+        name: ZeroEngine(prepare(small_transformer(seed)), settings(stage=stage))
         for seed, name in enumerate(("student", "critic"))
     }
-    teacher = shard_frozen(small_transformer(2)) if stage == 3 else small_transformer(2)
+    teacher = shard_frozen(prepare(small_transformer(2))) if stage == 3 else small_transformer(2)
     losses = []
 
     def update(name: str, loss: Tensor) -> None:
@@ -142,6 +143,25 @@ def resumed(folder: Path, stage: int) -> dict[str, Any]:
     return train(engine, first=SAVED_AFTER)
 
 
+def divided_from(source: Any, precision: Any = "fp32") -> Any:
+    """A network like `source`, built without memory and filled by rank 0, which alone may read."""
+
+    def read(name: str) -> Tensor:
+        assert dist.get_rank() == 0, f"rank {dist.get_rank()} read {name}"
+        return source.state_dict()[name]
+
+    return zero.divided(copy.deepcopy(source).to("meta"), read, precision)
+
+
+def held_when_divided() -> list[dict[str, tuple[int, int]]]:
+    """By rank: of every parameter the elements that are whole there, and those of the rank's part."""
+    network = divided_from(make_network())
+    own = {name: (value.numel(), value.ds_tensor.numel()) for name, value in network.named_parameters()}
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, own)
+    return everyone
+
+
 def pair(folder: Path) -> dict[str, Any]:
     zero.PERSISTENT = 0  # so that stage 3 shards the smallest parameter
     results: dict[str, Any] = {}
@@ -158,6 +178,11 @@ def pair(folder: Path) -> dict[str, Any]:
     for stage, precision in ((1, "autocast"), (3, "autocast"), (2, "bf16"), (3, "bf16")):
         how = settings(stage=stage, precision=precision)
         results[f"{precision}-{stage}"] = train(ZeroEngine(make_network(), how))
+    results["exact-divided"] = train(ZeroEngine(divided_from(make_network()), settings(stage=3)))
+    how = settings(stage=3, precision="bf16")
+    results["bf16-divided"] = train(ZeroEngine(divided_from(make_network(), "bf16"), how))
+    results["distilled-divided"] = distil_zero(3, divided_from)
+    results["held"] = held_when_divided()
     for stage in (1, 2, 3):
         parameters = "cpu" if stage == 3 else "none"
         how = settings(stage=stage, offload_optimizer="cpu", offload_parameters=parameters)

@@ -3,7 +3,9 @@
 import json
 import logging
 import pickle
+import shutil
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -14,90 +16,47 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from typer.testing import CliRunner
 
-from reelway.actors.engine import OneRank, TorchEngine
+from reelway.actors.engine import OneRank, OptimizerSettings, TorchEngine
 from reelway.actors.learning import regression
 from reelway.actors.learning.batch import Batch
 from reelway.actors.learning.causality import CausalityError
 from reelway.actors.learning.regression import OdeLearner
-from reelway.cluster.dataset import DatasetInfo, TensorSpec, create_dataset
-from reelway.cluster.manifest import merge_manifest, plan
-from reelway.cluster.shards import write_shard
-from reelway.cluster.storage import Storage
+from reelway.actors.model_files import velocity_digest
+from reelway.cluster.dataset import ShardError
 from reelway.kernels.causal.masks import bidirectional
 from reelway.kernels.causal.student import StudentSettings
-from reelway.kernels.wan.config import CONFIGS
 from reelway.kernels.wan.context import TextContext
-from reelway.kernels.wan.transformer import VideoTransformer
 from reelway.kernels.wan.weights import read_transformer
-from reelway.pipelines import distill, initialize, students, telemetry
+from reelway.pipelines import distill, initialize, students, telemetry, training
 from reelway.pipelines.commands import plain_engines
 from reelway.pipelines.hosting import Hosting, train_on_ray
-from reelway.pipelines.memory import TrainedClips
 from reelway.pipelines.recipe import InitializeRecipe, ZeroRecipe, load_recipe
 from reelway.pipelines.samples import Deal, PromptBatches, ShardBatches, TrainingData, training_prompts
 from reelway.pipelines.telemetry import read_curve
 from reelway.pipelines.training import RUN, Stage, run_stage
 
-RECIPE = Path(__file__).parents[2] / "configs" / "tiny.yaml"
-SHAPE = (6, 16, 4, 4)  # latent frames, channels, height, width: 21 frames of 32x32
-SAMPLES = 12
-CAPTIONS = [
-    f"a {color} {shape} drifts left" for color in ("red", "blue", "green") for shape in ("star", "disk", "ring")
-]
-COMMON = [
-    "clip.height=32",
-    "clip.width=32",
-    "clip.frames=21",
-    "student.timesteps=[1000, 500]",
-    "student.window=6",
-]
-
-
-def small(section: str, *more: str) -> list[str]:
-    values = {"steps": 4, "batch": 4, "lanes": 2, "checkpoint_every": 2, "sheet_every": 4}
-    return [*COMMON, *(f"{section}.{name}={value}" for name, value in values.items()), *more]
-
-
-INITIALIZE = small("initialize", "initialize.optimizer.learning_rate=1e-3", "initialize.optimizer.ema_decay=0.5")
-
-
-def resolved(overrides: list[str]) -> dict[str, Any]:
-    return load_recipe(RECIPE, overrides).model_dump(mode="json")
-
-
-def latents(index: int, states: int) -> Tensor:
-    generator = torch.Generator().manual_seed(index)
-    return torch.randn(states, *SHAPE, generator=generator).to(torch.float16)
-
-
-def write_dataset(
-    folder: Path,
-    kind: str = "trajectories",
-    samples: int = SAMPLES,
-    spoil: Callable[[int, Tensor], Tensor] = lambda index, value: value,
-    timesteps: tuple[float, ...] = (1000.0, 750.0, 0.0),
-) -> str:
-    """A data set as `reelway trajectories` or `reelway ingest` leaves it; the tiny recipe's shift warps 500 to 750."""
-    states = (3,) if kind == "trajectories" else ()
-    tensors, text = ("trajectory.safetensors", "prompt.txt") if states else ("latents.safetensors", "caption.txt")
-    spec = TensorSpec(shape=(*states, *SHAPE), dtype="float16")
-    made_by = {"timesteps": list(timesteps)} if states else {}
-    info = DatasetInfo(kind=kind, fields={tensors: {"latents": spec}, text: {}}, made_by=made_by, fingerprint="set")
-    storage = Storage.open(folder)
-    create_dataset(storage, info)
-    keys = [f"s{index:02d}" for index in range(samples)]
-    for shard in plan(keys, 4, "set"):
-        values = ((key, spoil(int(key[1:]), latents(int(key[1:]), 3))) for key in shard.keys)
-        samples_of = (
-            (key, {tensors: {"latents": value if states else value[-1]}, text: CAPTIONS[int(key[1:]) % len(CAPTIONS)]})
-            for key, value in values
-        )
-        write_shard(storage, shard, samples_of)
-    merge_manifest(storage)
-    return str(folder)
+sys.path.insert(0, str(Path(__file__).parent))
+from trainings.jobs import (
+    CAPTIONS,
+    COMMON,
+    INITIALIZE,
+    RECIPE,
+    SAMPLES,
+    SHAPE,
+    carry_out,
+    distill_job,
+    initialize_job,
+    latents,
+    resolved,
+    same,
+    small,
+    weights_of,
+    write_dataset,
+)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -110,25 +69,6 @@ def _small_sheets() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def trajectories(tmp_path_factory: pytest.TempPathFactory) -> str:
     return write_dataset(tmp_path_factory.mktemp("data") / "trajectories")
-
-
-def initialize_job(teacher: Path, data: str, run: Path, *more: str, method: str = "ode") -> initialize.InitializeJob:
-    recipe = resolved([*INITIALIZE, *small("causal_teacher"), *more])
-    return initialize.InitializeJob(recipe, method, str(teacher), str(teacher), data, str(run))
-
-
-def carry_out(job: Any, **more: Any) -> bool:
-    module = distill if isinstance(job, distill.DistillJob) else initialize
-    return module.train(job, plain_engines("cpu"), OneRank(), **more)
-
-
-def weights_of(run: Path, step: int, network: str = "student") -> dict[str, Tensor]:
-    folder = run / "checkpoints" / f"step-{step:06d}" / network
-    return torch.load(folder / "engine.pt", weights_only=True)["network"]
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return all(torch.equal(one[name], other[name]) for name in one)
 
 
 @pytest.fixture(scope="module")
@@ -254,12 +194,45 @@ def test_ctrl_c_on_the_command_line(
     small_teacher: Path, trajectories: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     interrupt_at(1, monkeypatch)
+    run = tmp_path / "run"
     sets = [argument for override in INITIALIZE for argument in ("--set", override)]
-    arguments = ["--teacher", str(small_teacher), "--data", trajectories, "--run", str(tmp_path / "run")]
-    result = CliRunner().invoke(initialize.app, [*arguments, "--recipe", str(RECIPE), *sets])
+    arguments = ["--teacher", str(small_teacher), "--data", trajectories, "--run", str(run)]
+    line = [*arguments, "--recipe", str(RECIPE), *sets]
+    result = CliRunner().invoke(initialize.app, line)
     assert result.exit_code == 130
     assert "The same command goes on from there." in result.stderr
-    assert (tmp_path / "run/checkpoints/step-000002/complete.json").is_file()
+    assert (run / "checkpoints/step-000002/complete.json").is_file()
+    assert not (run / "model").exists()
+
+    result = CliRunner().invoke(initialize.app, line)
+    assert result.exit_code == 0
+    assert "passed its gate" in result.stdout
+    assert [row["step"] for row in read_curve(run / "curve.jsonl")] == [0, 1, 2, 3]
+    assert (run / "model/student.json").is_file()
+
+
+def test_a_sheet_that_was_due_when_the_run_was_killed_is_drawn(
+    small_teacher: Path, trajectories: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last checkpoint stands, its sheet does not: without it the gate would judge by an older one."""
+    run, drawn = tmp_path / "run", students.StudentSheets.__call__
+    job = initialize_job(small_teacher, trajectories, run)
+
+    def killed(self: students.StudentSheets, done: int) -> dict[str, float]:
+        if done == 4:
+            raise MemoryError("killed")
+        return drawn(self, done)
+
+    monkeypatch.setattr(students.StudentSheets, "__call__", killed)
+    with pytest.raises(MemoryError):
+        carry_out(job)
+    assert (run / "checkpoints/step-000004/complete.json").is_file()
+    monkeypatch.setattr(students.StudentSheets, "__call__", drawn)
+    carry_out(job)
+    assert sorted(path.name for path in (run / "sheets").iterdir()) == ["step-000000.png", "step-000004.png"]
+    assert [row["step"] for row in read_curve(run / "scores.jsonl")] == [0, 4]
+    record = json.loads((run / RUN).read_text())
+    assert (record["status"], record["step"], record["causality"]) == ("finished", 4, "passed")
 
 
 def test_another_recipe_is_refused_with_the_difference(
@@ -298,6 +271,27 @@ def test_what_is_not_finite_stops_with_the_step_and_the_samples(
     record = json.loads((run / RUN).read_text())
     assert record["status"] == "stopped"
     assert "samples s" in record["reason"]
+
+
+def test_a_loss_that_runs_away_stops_the_run_before_it_is_saved(
+    small_teacher: Path, trajectories: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "ENOUGH", 3)
+    step = OdeLearner.step
+
+    def running_away(self: OdeLearner, batch: Batch) -> dict[str, float]:
+        metrics = step(self, batch)
+        return metrics | {"loss": metrics["loss"] * (1000 if batch.step == 3 else 1)}
+
+    monkeypatch.setattr(OdeLearner, "step", running_away)
+    run = tmp_path / "run"
+    more = ("initialize.diverged=50", "initialize.checkpoint_every=1")
+    with pytest.raises(
+        FloatingPointError, match=r"step 3 of initialize-ode: diverged: loss .*above 50 times.*; samples s\d\d, "
+    ):
+        carry_out(initialize_job(small_teacher, trajectories, run, *more))
+    assert json.loads((run / RUN).read_text())["status"] == "stopped"
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
 
 
 def test_a_student_that_sees_the_future_is_not_trained(
@@ -380,6 +374,22 @@ def test_a_torn_shard_is_named(tmp_path: Path, poisoned: Any, caplog: pytest.Log
     assert batches.left_out > 0
 
 
+@pytest.mark.parametrize("poisoned", ["fatal", "skip"])
+def test_a_missing_shard_is_named_and_counted(tmp_path: Path, poisoned: Any, caplog: pytest.LogCaptureFixture) -> None:
+    address = write_dataset(tmp_path / "data")
+    (tmp_path / "data" / "shard-000001.tar").unlink()
+    batches = ShardBatches(opened(address), deal(poisoned=poisoned))
+    with caplog.at_level(logging.WARNING):
+        if poisoned == "fatal":
+            with pytest.raises((ValueError, FileNotFoundError), match=r"shard-000001\.tar"):
+                taken(batches, range(3))
+        else:
+            seen = {key for keys in taken(batches, range(3)) for key in keys}
+            assert seen == {f"s{index:02d}" for index in range(SAMPLES) if not 4 <= index < 8}
+            assert "shard-000001.tar" in caplog.text
+    assert batches.left_out > 0
+
+
 def test_a_data_set_without_one_good_sample_is_refused(tmp_path: Path) -> None:
     data = opened(write_dataset(tmp_path / "data", spoil=lambda index, value: value * float("inf")))
     with pytest.raises(ValueError, match="not one sample can be used"):
@@ -452,16 +462,6 @@ def test_a_causal_teacher_is_trained_on_clips(small_teacher: Path, trajectories:
     assert StudentSettings.read(tmp_path / "run/model").origin["method"] == "initialize-causal-teacher"
 
 
-def distill_job(method: str, student: Path, teacher: Path, data: str, run: Path, *more: str) -> distill.DistillJob:
-    section = f"distill.{method.replace('-', '_')}"
-    changes = [f"{section}.critic_updates=2", f"{section}.student.learning_rate=1e-4", "distill.long.rollout_frames=12"]
-    recipe = resolved([*small(section, *changes), *more])
-    prompts = None if method == "causvid" else "sprites:train"
-    return distill.DistillJob(
-        recipe, method, str(student), str(teacher), data if method == "causvid" else None, prompts, str(run)
-    )
-
-
 @pytest.mark.parametrize("method", ["causvid", "self-forcing", "long"])
 def test_distillation_goes_on_to_the_same_weights(
     method: str,
@@ -498,6 +498,88 @@ def test_a_student_of_another_kind_is_refused(
     job = distill_job("causvid", model, small_teacher, trajectories, tmp_path, "student.block=2", "student.sink=2")
     with pytest.raises(ValueError, match=r"student\.json: block is 3, the recipe's student has 2"):
         carry_out(job)
+
+
+# --- Whose text encoder, whose weights --------------------------------------------------------------------------------
+
+
+def with_other(model: Path, folder: Path, part: str) -> Path:
+    """A copy of a model with another text encoder or VAE."""
+    shutil.copytree(model, folder)
+    weights = next((folder / part).glob("*.safetensors"))
+    save_file({name: value * 1.5 for name, value in load_file(weights).items()}, weights, metadata={"format": "pt"})
+    return folder
+
+
+def test_a_student_reads_its_own_text_encoder_and_the_score_networks_read_the_teachers(
+    initialized: Path, small_teacher: Path, trajectories: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, Any] = {}
+
+    class Watched(distill.DmdLearner):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(*arguments)
+            seen["scores"], seen["student"] = self._contexts, self.source._contexts
+
+    monkeypatch.setattr(distill, "DmdLearner", Watched)
+    other = with_other(initialized / "model", tmp_path / "student", "text_encoder")
+    jobs = {
+        name: distill_job("causvid", student, small_teacher, trajectories, tmp_path / name, "distill.causvid.steps=1")
+        for name, student in (("same", initialized / "model"), ("own", other))
+    }
+    rows = {}
+    for name, job in jobs.items():
+        carry_out(job)
+        rows[name] = {whose: contexts([CAPTIONS[0]]).rows for whose, contexts in seen.items()}
+        rows[name]["copy"] = students._encoder(tmp_path / name / "model")([CAPTIONS[0]]).rows
+    assert torch.equal(rows["same"]["student"], rows["same"]["scores"])
+    assert torch.equal(rows["own"]["scores"], rows["same"]["scores"])
+    assert not torch.allclose(rows["own"]["student"], rows["own"]["scores"])
+    for found in rows.values():
+        assert torch.equal(found["copy"], found["student"]), "the exported student has the encoder it was trained with"
+
+
+def test_a_student_of_another_vae_is_refused(
+    initialized: Path, small_teacher: Path, trajectories: str, tmp_path: Path
+) -> None:
+    other = with_other(initialized / "model", tmp_path / "student", "vae")
+    job = distill_job("causvid", other, small_teacher, trajectories, tmp_path / "run")
+    with pytest.raises(ValueError, match=r"student/vae: is not the teacher's \(.*\); both must have one VAE"):
+        carry_out(job)
+
+
+def test_the_fake_score_may_begin_with_another_model_than_the_teacher(
+    initialized: Path, small_teacher: Path, trajectories: str, tmp_path: Path
+) -> None:
+    job = distill_job("causvid", initialized / "model", small_teacher, trajectories, tmp_path / "run")
+    small_one = replace(job, critic=str(initialized / "model"))
+    for chosen, model in ((job, small_teacher), (small_one, initialized / "model")):
+        _, critic = distill._engines(chosen, chosen.settings()[1], plain_engines("cpu"), students.load_network)
+        _, stored = read_transformer(model)
+        assert all(torch.equal(value, stored[name].float()) for name, value in critic.weights().items())
+    carry_out(replace(small_one, recipe=resolved(small("distill.causvid", "distill.causvid.steps=1"))))
+    written = json.loads((tmp_path / "run/recipe.json").read_text())
+    assert written["critic"] == velocity_digest(initialized / "model") != written["teacher"]
+    with pytest.raises(ValueError, match=r"critic is .* there and None now"):
+        carry_out(replace(job, recipe=resolved(small("distill.causvid", "distill.causvid.steps=1"))))
+
+
+def test_a_teacher_in_the_computing_precision_sees_the_same(small_teacher: Path) -> None:
+    engine = TorchEngine(students.load_network(small_teacher), OptimizerSettings(1e-3, 10), precision=torch.bfloat16)
+    latents, levels = torch.randn(2, 3, 16, 4, 4), torch.full((2, 3), 650.0)
+    text = TextContext.fold([torch.randn(4, 128), torch.randn(2, 128)])
+    found = []
+    for teacher in (
+        students.load_network(small_teacher),
+        distill.hold_whole(students.load_network(small_teacher), engine),
+    ):
+        with torch.no_grad(), engine.autocast():
+            found.append(teacher(latents, levels, text))
+    assert torch.equal(*found)
+    assert teacher.proj_out.weight.dtype == torch.bfloat16
+
+
+# --- Gates ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_gate_sees_a_fallen_score_and_a_gradient_that_is_no_number(tmp_path: Path) -> None:
@@ -543,34 +625,17 @@ def test_a_dry_run_says_the_memory(initialized: Path, small_teacher: Path, traje
     assert result.exit_code == 0
     assert "student: weights" in result.stdout
     student = ["--student", str(initialized / "model"), "--prompts", "sprites:train"]
+    zero = ["--engine", "zero", "--workers", "4", "--set", "zero.stage=3"]
     result = CliRunner().invoke(distill.app, [*common, "--method", "self-forcing", *student])
     assert result.exit_code == 0
-    for line in ("student: optimiser", "critic: gradients", "teacher: weights", "activations", "KV cache", "in all"):
+    for line in ("student: moments", "critic: gradients", "teacher: weights", "activations", "KV cache", "in all"):
         assert line in result.stdout
     assert "teacher: gradients" not in result.stdout
+    assert "ZeRO" not in result.stdout
+    result = CliRunner().invoke(distill.app, [*common, "--method", "self-forcing", *student, *zero])
+    assert result.exit_code == 0
+    assert "ZeRO 3 *" in result.stdout
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("layers", [1, 3])
-def test_estimated_activations_are_those_that_autograd_keeps(layers: int) -> None:
-    """Within a fifth, on the tiny model, weights aside."""
-    config = replace(CONFIGS["tiny"], num_layers=layers)
-    network = VideoTransformer(config)
-    text = TextContext.fold([torch.randn(4, config.text_dim)])
-    weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
-    kept: dict[int, int] = {}
-
-    def note(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        out = network(torch.randn(2, 6, 16, 8, 8), torch.full((2, 6), 500.0), text)
-    clips = TrainedClips(2, 6, config.tokens_per_frame(8, 8), checkpointing=False)
-    assert out.requires_grad
-    assert clips.activations(config, torch.float32) == pytest.approx(sum(kept.values()), rel=0.2)
 
 
 @pytest.mark.parametrize(
@@ -630,8 +695,76 @@ class Two(OneRank):
         self._barrier.wait()
         return found
 
+    def gather(self, text: str) -> list[str]:
+        self._board[self.rank] = text
+        self._barrier.wait()
+        found = [self._board[0], self._board[1]]
+        self._barrier.wait()
+        return found
+
     def barrier(self) -> None:
         self._barrier.wait()
+
+
+def on_two_ranks(work: Callable[[int], None]) -> None:
+    threads = [threading.Thread(target=work, args=(rank,)) for rank in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+class Poisoned(Counting):
+    def step(self, batch: Batch) -> dict[str, float]:
+        if batch.step == 2:
+            raise FloatingPointError("update 2: gradient norm nan")
+        return super().step(batch)
+
+
+def test_a_step_that_is_not_finite_names_the_samples_of_all_ranks(tmp_path: Path) -> None:
+    barrier, board = threading.Barrier(2, timeout=60), {}
+    stage = Stage("counting", tmp_path, InitializeRecipe(steps=6, batch=4, lanes=2))
+    messages: dict[int, str] = {}
+
+    def work(rank: int) -> None:
+        batches = PromptBatches(["a", "bb", "ccc"], deal(rank=rank, ranks=2))
+        with pytest.raises(FloatingPointError) as ending:
+            run_stage(stage, Poisoned(rank), batches, Two(rank, barrier, board))
+        messages[rank] = str(ending.value)
+
+    on_two_ranks(work)
+    keys = PromptBatches(["a", "bb", "ccc"], deal()).take(2).keys
+    assert f"samples {', '.join(keys)}; there is no checkpoint yet" in messages[0]
+    assert messages[0] == messages[1]
+    record = json.loads((tmp_path / RUN).read_text())
+    assert (record["status"], record["reason"]) == ("stopped", messages[0])
+
+
+def test_what_stops_one_rank_alone_is_recorded(tmp_path: Path) -> None:
+    """The first rank waits for it, and can write nothing."""
+    barrier, board = threading.Barrier(2, timeout=60), {}
+    stage = Stage("counting", tmp_path, InitializeRecipe(steps=6, batch=4, lanes=2))
+    endings: dict[int, str] = {}
+
+    class Torn(PromptBatches):
+        def take(self, step: int) -> Batch:
+            if step == 3:
+                raise ShardError("shard-000001.tar", "s05", "truncated")
+            return super().take(step)
+
+    def work(rank: int) -> None:
+        kind = Torn if rank else PromptBatches
+        try:
+            run_stage(stage, Counting(rank), kind(["a"], deal(rank=rank, ranks=2)), Two(rank, barrier, board))
+        except (ShardError, threading.BrokenBarrierError) as error:
+            endings[rank] = type(error).__name__
+            barrier.abort()
+
+    on_two_ranks(work)
+    assert endings == {0: "BrokenBarrierError", 1: "ShardError"}
+    record = json.loads((tmp_path / RUN).read_text())
+    assert record["status"] == "stopped"
+    assert "s05" in record["reason"]
 
 
 def test_ranks_write_one_checkpoint_and_stop_together(tmp_path: Path) -> None:
@@ -659,11 +792,7 @@ def test_ranks_write_one_checkpoint_and_stop_together(tmp_path: Path) -> None:
 
     def run(stops_after: int) -> dict[int, Any]:
         endings: dict[int, Any] = {}
-        threads = [threading.Thread(target=work, args=(rank, stops_after, endings)) for rank in range(2)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
+        on_two_ranks(lambda rank: work(rank, stops_after, endings))
         return endings
 
     assert run(stops_after=2) == {0: "interrupted", 1: "interrupted"}  # heard in the step after the signal
@@ -711,4 +840,5 @@ def test_distillation_runs_with_everything_sharded(
     rows = read_curve(run / "curve.jsonl")
     assert [row["step"] for row in rows] == [0, 1, 2, 3]
     assert all("dmd_gradient" in row for row in rows[1:])
+    assert all({"score", "real_score", "fake_score"} <= row.keys() for row in read_curve(run / "scores.jsonl"))
     assert StudentSettings.read(run / "model").origin["method"] == "distill-causvid"

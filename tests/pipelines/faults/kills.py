@@ -23,10 +23,16 @@ def wait_until(true: Callable[[], object], seconds: float = 60.0) -> bool:
     return bool(true())
 
 
-def is_worker_of_ours(pid: int) -> bool:
-    """Whether a pool's worker on Ray has this number, and descends from this process."""
+def descendants(title: bytes) -> list[int]:
+    """Processes whose command line begins so, and which descend from this one."""
+    pids = (int(path.name) for path in Path("/proc").glob("[0-9]*"))
+    return sorted(pid for pid in pids if is_worker_of_ours(pid, title))
+
+
+def is_worker_of_ours(pid: int, title: bytes = b"ray::Host") -> bool:
+    """Whether a worker on Ray, a pool's by default, has this number, and descends from this process."""
     with suppress(OSError):
-        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(b"ray::Host"):
+        if Path(f"/proc/{pid}/cmdline").read_bytes().startswith(title):
             while pid > 1:
                 if pid == os.getpid():
                     return True
