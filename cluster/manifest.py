@@ -156,7 +156,8 @@ def pending(storage: Storage, shards: Sequence[ShardPlan]) -> list[ShardPlan]:
     folder = _list_shards(storage)
     strangers = sorted((folder.tars.keys() | folder.records.keys()) - planned.keys())
     if strangers:
-        raise ValueError(f"{storage.where(strangers[0])}: {len(strangers)} shards there are not of this plan")
+        count = f"{len(strangers)} of the shards there are not of this plan"
+        raise ValueError(f"{storage.where(strangers[0])}: {count}: other samples, or another number in a shard")
     rows = _rows(storage, folder, _rows_older_than_manifest(storage, folder))
     for name, row in rows.items():
         if row.fingerprint != planned[name]:
@@ -180,6 +181,12 @@ def merge_manifest(storage: Storage) -> list[ManifestRow]:
     ordered = sorted(rows.values(), key=_number)
     write_manifest(storage, ordered)
     return ordered
+
+
+def seal(storage: Storage) -> list[ManifestRow]:
+    """Of all shards, for who holds the claim: away with what killed workers left half written, then the manifest."""
+    storage.remove_stale(older_than=0.0)
+    return merge_manifest(storage)
 
 
 def write_manifest(storage: Storage, rows: Sequence[ManifestRow]) -> None:

@@ -69,6 +69,10 @@ class Quarantined(Generic[ItemT]):
     attempts: int
     worker: str
 
+    def __str__(self) -> str:
+        """`ValueError: not a video (attempts: 1, pid 7 on 10.0.0.1)`; of a dead worker also its last words."""
+        return f"{self.failure.with_last_words} (attempts: {self.attempts}, {self.worker})"
+
 
 @dataclass
 class PoolReport(Generic[ItemT]):
@@ -318,8 +322,7 @@ class _Run(Generic[ItemT]):
     def _start_failed(self, failure: Failure) -> None:
         self.failed_starts += 1
         if not failure.may_retry or self.failed_starts > self.pool.max_retries:
-            last_words = "".join(f" | {line}" for line in failure.log_tail[-3:])
-            raise WorkerStartError(f"{self.pool.name}: a worker could not be built: {failure}{last_words}")
+            raise WorkerStartError(f"{self.pool.name}: a worker could not be built: {failure.with_last_words}")
 
     def _failed(self, task: _Task[ItemT], failure: Failure, worker: str) -> None:
         if failure.may_retry and task.attempts <= self.pool.max_retries:
@@ -332,7 +335,8 @@ class _Run(Generic[ItemT]):
             self.on_quarantine(Quarantined(task.index, task.item, failure, task.attempts, worker))
             self.counts.failed += 1
             self.metrics.failed()
-            self.progress.note(f"item {task.index} quarantined after {task.attempts} attempts: {failure}")
+            told = failure.with_last_words
+            self.progress.note(f"item {task.index} quarantined after {task.attempts} attempts: {told}")
 
     def _end_overdue(self) -> None:
         now = time.monotonic()

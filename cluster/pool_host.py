@@ -13,6 +13,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 ItemT_contra = TypeVar("ItemT_contra", contravariant=True)
 Row = dict[str, Any]
 TAIL_LINES, TAIL_BYTES = 20, 1 << 14  # of a dead worker's log
+LAST_WORDS = 3  # lines of it that an error repeats
 FETCH_SECONDS = 30.0
 MESSAGE_CHARACTERS = 2000  # some exceptions print whole tensors
 CAUSES = " Some common causes include"  # begins Ray's general advice on deaths
@@ -36,6 +37,11 @@ class Failure:
 
     def __str__(self) -> str:
         return ": ".join(" ".join(part.split()) for part in (self.error, self.message, self.place) if part)
+
+    @property
+    def with_last_words(self) -> str:
+        """The failure and the last lines of its worker's log, if that died: all in one line."""
+        return " | ".join([str(self), *(" ".join(line.split()) for line in self.log_tail[-LAST_WORDS:])])
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,9 @@ from pathlib import Path
 import ray
 from ray._private.accelerators import get_accelerator_manager_for_resource
 
+from .machine import cgroup, free_memory
+
 SHARED_MEMORY = Path("/dev/shm")
-CGROUP = Path("/sys/fs/cgroup")
 OF_TYPE = "accelerator_type:"  # begins the name of the resource that says it of a node
 NODES_NAMED = 4  # in a line that lists them
 COMFORTABLE_SHARED_MEMORY = 1 << 30  # bytes; a container's 64 MiB makes Ray keep its objects on disk
@@ -101,8 +102,9 @@ def in_gib(size: float) -> str:
 
 
 def counted(count: float, unit: str) -> str:
-    """`1 GPU`, `0.5 GPUs`, `8 GPUs`."""
-    return f"{count:g} {unit}{'' if count == 1 else 's'}"
+    """`1 GPU`, `0.5 GPUs`, `20,000 shards`."""
+    figure = f"{count:,}" if isinstance(count, int) else f"{count:g}"
+    return f"{figure} {unit}{'' if count == 1 else 's'}"
 
 
 def in_words(nodes: Sequence[Node]) -> str:
@@ -118,7 +120,7 @@ def this_machine(cpus: float | None = None, gpus: float | None = None) -> Node:
         name="this machine",
         cpus=_usable_cpus() if cpus is None else cpus,
         gpus=devices,
-        memory=_free_memory(),
+        memory=free_memory(),
         accelerators=_accelerators_here() if devices else (),
     )
 
@@ -225,7 +227,7 @@ def _what_is_missing(nodes: Sequence[Node], need: Requirements, fitting: int) ->
 
 def _usable_cpus() -> float:
     count = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
-    quota = _cgroup("cpu.max")
+    quota = cgroup("cpu.max")
     if len(quota) == 2 and quota[0] != "max":
         return max(1, min(count, int(quota[0]) // int(quota[1])))
     return count
@@ -245,20 +247,3 @@ def _accelerators_here() -> tuple[str, ...]:
     """The type that Ray will give a node here."""
     found = get_accelerator_manager_for_resource("GPU").get_current_node_accelerator_type()
     return (found,) if found else ()
-
-
-def _free_memory() -> int:
-    free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    meminfo = Path("/proc/meminfo")
-    if meminfo.exists():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        free = int(lines["MemAvailable"].split()[0]) * 1024
-    limit, used = _cgroup("memory.max"), _cgroup("memory.current")
-    if limit and used and limit[0] != "max":
-        free = min(free, int(limit[0]) - int(used[0]))
-    return free
-
-
-def _cgroup(name: str) -> list[str]:
-    path = CGROUP / name
-    return path.read_text().split() if path.exists() else []

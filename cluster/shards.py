@@ -410,10 +410,11 @@ def verify(storage: Storage) -> list[Finding]:
     return problems
 
 
-def repair(storage: Storage) -> Repair:
+def repair(storage: Storage, drop: bool = False) -> Repair:
     """Make the manifest anew from the shards that are sound; lists those that are damaged or missing.
 
-    A shard whose bytes are not those of its record, or of its old row, is damaged, even if it can be read.
+    A shard whose bytes are not those of its record, or of its old row, is damaged, even if it can be read. `drop`
+    removes the tars of damaged shards: then they are `pending`, and made again to what their records say.
     """
     info, known, tars = read_dataset(storage), _known_rows(storage), tar_names(storage)
     made = known.keys() | recorded_names(storage)
@@ -430,6 +431,8 @@ def repair(storage: Storage) -> Repair:
             row = row.model_copy(update=origin)
         problems += damage
         rows += [] if damage else [row]
+        if damage and drop:
+            storage.delete(name)
     write_manifest(storage, rows)
     return Repair(rows, problems)
 

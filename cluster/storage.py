@@ -122,7 +122,10 @@ class Storage(ABC):
         address = str(address)
         scheme = urlsplit(address).scheme if "://" in address else "file"
         if scheme == "file":
-            return LocalStorage(address)
+            local = LocalStorage(address)
+            if Path(local.uri).is_file():
+                raise NotADirectoryError(f"{local.uri}: is a file; a data set's folder is needed")
+            return local
         if scheme in OBJECT_STORES:
             return ObjectStorage(address)
         raise ValueError(f"{address}: stores are local paths, file://, s3:// and gs://, got {scheme}://")
@@ -391,6 +394,8 @@ def _one_line(error: OSError, where: str) -> OSError:
         return StorageError(f"{where}: the disk is full, or its quota used up")
     if isinstance(error, FileNotFoundError):
         return FileNotFoundError(f"{where}: no such file or folder")
+    if error.errno in (errno.ENOTDIR, errno.EEXIST):
+        return NotADirectoryError(f"{where}: a part of this path is a file, not a folder")
     if isinstance(error, PermissionError):
         return PermissionError(f"{where}: no permission")
     text = str(error).lower()

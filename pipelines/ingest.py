@@ -17,9 +17,9 @@ from rich.console import Console
 from ..actors.sources import VideoFolder
 from ..actors.survey import FILTER, Surveyor
 from ..cluster.dataset import Claim, claim, create_dataset
-from ..cluster.manifest import merge_manifest
+from ..cluster.manifest import seal
 from ..cluster.pool import PoolReport, PoolSettings, Quarantined, run_pool
-from ..cluster.preflight import Requirements, check_output, in_gib
+from ..cluster.preflight import Requirements, check_output, counted, in_gib
 from ..cluster.session import start_or_join
 from ..cluster.storage import Storage, StorageError
 from .ingest_job import (
@@ -145,7 +145,7 @@ def run(order: Order, pool: PoolOptions, address: str | None, console: Console) 
         job = plan_job(order, material, sources, kind or kind_of_workers(order.device, need))
         made = _make(job, pool, held)
         if made.interrupted or made.failed:
-            return _fail(order, made, f"of {_many(len(job.shards), 'shard')} could not be made", console)
+            return _fail(order, made, f"of {counted(len(job.shards), 'shard')} could not be made", console)
         return _finish(job, made, console)
 
 
@@ -178,7 +178,7 @@ def _pool(worker: Any, work: Sequence[Any], need: Requirements, name: str, held:
         made.rows.append(row)
 
     def note(record: Quarantined[Any]) -> None:
-        made.failed.append(f"{record.item.name}: {record.failure} (attempts: {record.attempts}, {record.worker})")
+        made.failed.append(f"{record.item.name}: {record}")
 
     made.report = run_pool(worker, work, PoolSettings(need, name, retry_on=RETRIED), keep, on_quarantine=note)
     return made
@@ -195,13 +195,13 @@ def _sample_bytes(job: Job) -> int:
 def _finish(job: Job, made: _Made, console: Console) -> int:
     """Every shard is there: write the manifest and the quarantine, and say what is in them."""
     order = job.order
-    rows = merge_manifest(order.out)
+    rows = seal(order.out)
     problems = quarantine(job, rows)
     write_quarantine(order.out, problems)
     samples, size = sum(row.samples for row in rows), sum(row.bytes for row in rows)
     typer.echo(
-        f"{order.out.uri}: {_many(len(rows), 'shard')}, {_many(samples, 'clip')} of "
-        f"{_many(len(job.material.videos), 'video')}, {size:,} bytes ({in_gib(size)})"
+        f"{order.out.uri}: {counted(len(rows), 'shard')}, {counted(samples, 'clip')} of "
+        f"{counted(len(job.material.videos), 'video')}, {size:,} bytes ({in_gib(size)})"
     )
     if made.report and made.rows:
         console.print(_pace(made))
@@ -212,7 +212,7 @@ def _finish(job: Job, made: _Made, console: Console) -> int:
             reasons = ", ".join(_reason(key, count) for key, count in sorted(part.items()))
             typer.echo(f"{title}: {sum(part.values()):,}: {reasons}")
     if problems:
-        typer.echo(f"quarantine: {order.out.where(QUARANTINE)} ({_many(len(problems), 'row')})")
+        typer.echo(f"quarantine: {order.out.where(QUARANTINE)} ({counted(len(problems), 'row')})")
     if not samples:
         console.print(f"{order.out.uri}: not one clip could be used")
         return 1
@@ -231,8 +231,8 @@ def _pace(made: _Made) -> str:
     busy = waited + sum(row["encoded"] for row in made.rows)
     share = waited / busy if busy else 0.0
     return (
-        f"made now: {_many(len(made.rows), 'shard')}, {_many(clips, 'clip')} in {report.seconds:.1f} s with up to "
-        f"{_many(report.most_workers, 'worker')}; encoders waited {share:.0%} of their time for decoded clips"
+        f"made now: {counted(len(made.rows), 'shard')}, {counted(clips, 'clip')} in {report.seconds:.1f} s with up to "
+        f"{counted(report.most_workers, 'worker')}; encoders waited {share:.0%} of their time for decoded clips"
     )
 
 
@@ -247,20 +247,16 @@ def _fail(order: Order, made: _Made, what: str, console: Console) -> int:
 
 
 def _intake(material: Material) -> str:
-    parts = [f"{_many(len(material.videos), 'video')} with a caption"]
+    parts = [f"{counted(len(material.videos), 'video')} with a caption"]
     if material.problems:
-        parts.append(f"{_many(len(material.problems), 'problem')} with names and captions")
+        parts.append(f"{counted(len(material.problems), 'problem')} with names and captions")
     if material.ignored:
-        parts.append(f"{_many(material.ignored, 'other file')} ignored")
+        parts.append(f"{counted(material.ignored, 'other file')} ignored")
     return ", ".join(parts)
 
 
 def _stopped(out: Storage) -> str:
     return f"Stopped. Whole shards are kept in {out.uri}; the same command goes on from there."
-
-
-def _many(count: int, unit: str) -> str:
-    return f"{count:,} {unit}{'' if count == 1 else 's'}"
 
 
 # --- Before a run --------------------------------------------------------------------------------------------------
@@ -287,7 +283,7 @@ def dry_run(order: Order) -> int:
         typer.echo(f"shards done already: {len(job.shards) - len(job.pending()):,}")
     refused = pyarrow.compute.value_counts(sources.column("reason").drop_null()).to_pylist()
     for entry in sorted(refused, key=lambda entry: str(entry["values"])):
-        typer.echo(f"left out: {about}{round(entry['counts'] * scale):,} videos: {entry['values']}")
+        typer.echo(f"left out: {about}{counted(round(entry['counts'] * scale), 'video')}: {entry['values']}")
     return 0
 
 

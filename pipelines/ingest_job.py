@@ -246,6 +246,7 @@ def keep_sources(order: Order, material: Material) -> pyarrow.Table:
     order.out.publish(SOURCES, _parquet(table), replace=True)
     for name in surveyed(order.out):
         order.out.delete(name)
+    order.out.remove_stale(older_than=0.0, folder=FOLDER)
     return table
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ..cluster.dataset import DatasetInfo, Quarantined, Sample, TensorSpec, claim, create_dataset
-from ..cluster.manifest import ManifestRow, ShardPlan, merge_manifest, pending, plan
+from ..cluster.manifest import ManifestRow, ShardPlan, pending, plan, seal
 from ..cluster.shards import verify, write_shard
 from ..cluster.storage import Storage
 from .recipe import fingerprint
@@ -125,7 +125,7 @@ def import_lmdb(
             held.check()
             write_shard(storage, shard, _samples(source, shard, faults, damaged))
             progress(done, len(shards))
-        rows = merge_manifest(storage)
+        rows = seal(storage)
     problems = verify(storage)
     if problems:
         raise ValueError(f"{storage.uri}: {problems[0]} ({len(problems)} problems after the import)")

@@ -1,5 +1,6 @@
 """What the jobs that make data sets have in common: the pool asked for, the kind of device, one set in one folder."""
 
+import math
 import textwrap
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -41,20 +42,29 @@ class PoolOptions:
         """
         if gpus is None:
             gpus = 1.0 if device == "cuda" else 0.0
+        for option, value in (("--gpus-per-worker", gpus), ("--cpus-per-worker", cpus)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{option}: must be a number of at least 0, got {value:g}")
         if accelerator is not None and not (accelerator and gpus):
             raise ValueError(f"--accelerator-type: must be a type of GPU for --device cuda, got {accelerator!r}")
-        if workers is None:
-            return cls(1, None, cpus, gpus, autoscaling, accelerator or "")
-        least, colon, most = workers.partition(":")
-        bounds = [least, most] if colon else [least, least]
-        if not all(bound.isdecimal() for bound in bounds):
-            raise ValueError(f"--workers: must be N or MIN:MAX, got {workers!r}")
-        return cls(int(bounds[0]), int(bounds[1]), cpus, gpus, autoscaling, accelerator or "")
+        least, most = (1, None) if workers is None else _bounds(workers)
+        return cls(least, most, cpus, gpus, autoscaling, accelerator or "")
 
     def requirements(self, memory: int, work: int) -> Requirements:
         """memory: bytes of a worker. work: items there are at most."""
         most = max(self.least, work) if self.most is None else self.most
         return Requirements(self.cpus, self.gpus, memory, self.least, most, self.autoscaling, self.accelerator, True)
+
+
+def _bounds(workers: str) -> tuple[int, int]:
+    least, colon, most = workers.partition(":")
+    bounds = [least, most] if colon else [least, least]
+    if not all(bound.isdecimal() for bound in bounds):
+        raise ValueError(f"--workers: must be N or MIN:MAX, got {workers!r}")
+    fewest, most_of_all = map(int, bounds)
+    if not 1 <= fewest <= most_of_all:
+        raise ValueError(f"--workers: must be at least 1, and MAX at least MIN, got {workers!r}")
+    return fewest, most_of_all
 
 
 def known_kind(out: Storage, device: str, accelerator: str = "") -> str | None:

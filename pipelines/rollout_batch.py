@@ -8,7 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pyarrow
 import pyarrow.parquet
@@ -18,10 +18,9 @@ from rich.console import Console
 
 from ..actors.bench_report import FRAME_RATE
 from ..actors.model_files import velocity_digest
-from ..actors.streams import Stream
 from ..cluster.dataset import INFO, DatasetInfo, claim, create_dataset, read_samples
 from ..cluster.dataset import Quarantined as NoSample
-from ..cluster.manifest import ManifestRow, ShardPlan, merge_manifest, pending, plan, read_sound_record
+from ..cluster.manifest import ManifestRow, ShardPlan, pending, plan, read_sound_record, seal
 from ..cluster.pool import PoolReport, PoolSettings, run_pool
 from ..cluster.preflight import Requirements, counted
 from ..cluster.session import start_or_join
@@ -29,9 +28,12 @@ from ..cluster.shards import write_shard
 from ..cluster.storage import Storage, StorageError
 from .prompts import read_prompts
 from .recipe import fingerprint
-from .rollout_single import Plan
+from .rollout_order import Plan
 from .schedule import length_of
 from .video import VideoWriter
+
+if TYPE_CHECKING:
+    from ..actors.streams import Stream
 
 KIND: Final = "rollouts"
 OWNER: Final = "reelway rollout"
@@ -132,7 +134,7 @@ class RolloutWorker:
                     take.advance()
             return [NoSample(take.problem) if take.problem else take.path.read_bytes() for take in takes]
 
-    def _stream(self, item: dict[str, Any]) -> Stream:
+    def _stream(self, item: dict[str, Any]) -> "Stream":
         plan, (height, width) = self._order.plan, self._order.plan.size(self._student)
         how: dict[str, Any] = {"height": height, "width": width, "mode": plan.mode, "segment": plan.segment}
         return self._student.open(item["prompt"], plan.seed, item["sample"], **how)
@@ -141,7 +143,7 @@ class RolloutWorker:
 class _Take:
     """One stream and the file that it goes into, until it is long enough or cannot go on."""
 
-    def __init__(self, stream: Stream, path: Path, frames: int) -> None:
+    def __init__(self, stream: "Stream", path: Path, frames: int) -> None:
         self.stream, self.path, self.problem = stream, path, ""
         self._left = frames
         self._writer = VideoWriter(path, FRAME_RATE, threads=1)  # more threads, other bytes
@@ -205,11 +207,11 @@ def run_batch(
             return 130
         if report.quarantined:
             for record in report.quarantined[:LISTED]:
-                console.print(f"{record.item.name}: {record.failure} (attempts: {record.attempts})")
+                console.print(f"{record.item.name}: {record}")
             typer.echo(f"{job.out.uri}: {counted(len(report.quarantined), 'shard')} could not be made; run it again")
             return 1
     with claim(job.out, OWNER):
-        rows = merge_manifest(job.out)
+        rows = seal(job.out)
     _tell(job, rows, console)
     if files is not None:
         _extract(job, rows, files)

@@ -2,7 +2,7 @@
 
 import enum
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,6 +25,7 @@ from ..cluster.dataset import (
     read_samples,
 )
 from ..cluster.manifest import ManifestRow, read_manifest
+from ..cluster.preflight import counted
 from ..cluster.shards import Finding
 from ..cluster.shards import repair as repair_dataset
 from ..cluster.shards import verify as verify_dataset
@@ -80,20 +81,30 @@ def verify(dataset: Dataset) -> None:
     if problems:
         _list(problems)
         raise typer.Exit(1)
-    typer.echo(f"{storage.uri}: sound: {len(rows):,} shards, {sum(row.samples for row in rows):,} samples")
+    samples = sum(row.samples for row in rows)
+    typer.echo(f"{storage.uri}: sound: {counted(len(rows), 'shard')}, {counted(samples, 'sample')}")
 
 
 @app.command()
-def repair(dataset: Dataset) -> None:
-    """Make the manifest anew from the sound shards; exit code 1 and a list when some are damaged or missing."""
+def repair(
+    dataset: Dataset,
+    drop: Annotated[bool, typer.Option("--drop", help="Remove damaged shards, so that they are made again.")] = False,
+) -> None:
+    """Make the manifest anew from the sound shards; exit code 1 and a list when some are damaged or missing.
+
+    The command that made the data set, run again, makes what is missing.
+    """
     with _failures_in_one_line():
         storage = Storage.open(dataset)
         read_dataset(storage)
         with claim(storage, "reelway shards repair"):
-            result = repair_dataset(storage)
-    typer.echo(f"{storage.uri}: the manifest lists {len(result.rows):,} sound shards")
+            storage.remove_stale(older_than=0.0)
+            result = repair_dataset(storage, drop)
+    typer.echo(f"{storage.uri}: the manifest lists {counted(len(result.rows), 'sound shard')}")
     if result.problems:
         _list(result.problems)
+        damaged = "damaged ones were removed" if drop else "repair --drop removes damaged ones first"
+        typer.echo(f"the command that made the set makes again what is missing ({damaged})")
         raise typer.Exit(1)
 
 
@@ -106,6 +117,8 @@ def sample(
     seed: Annotated[int, typer.Option(help="Which samples.")] = 0,
 ) -> None:
     """Decode random samples to a contact sheet, for a person to look at, and print their keys and shards."""
+    if out.suffix.lower() != ".png" or out.is_dir():
+        raise ValueError(f"--out: must be a .png file, got {out}")
     with _failures_in_one_line():
         storage = Storage.open(dataset)
         info = read_dataset(storage)
@@ -141,8 +154,16 @@ def import_lmdb_command(
 ) -> None:
     """Write an LMDB of trajectories or latents as shards, and verify them; an interrupted import goes on."""
     console = Console(stderr=True)
-    with _failures_in_one_line(), LmdbSet(lmdb) as source, Progress(console=console) as bar:
+    # The bar shows when there is something to do: a refusal is one line and nothing else.
+    with _failures_in_one_line(), LmdbSet(lmdb) as source, ExitStack() as stack:
+        bar = Progress(console=console)
         task = bar.add_task("shards", total=None)
+
+        def show(done: int, total: int) -> None:
+            if not bar.live.is_started:
+                stack.enter_context(bar)
+            bar.update(task, completed=done, total=total)
+
         try:
             rows = import_lmdb(
                 source,
@@ -150,15 +171,14 @@ def import_lmdb_command(
                 parse_timesteps(timesteps),
                 per_shard=per_shard,
                 damaged=damaged.value,
-                progress=lambda done, total: bar.update(task, completed=done, total=total),
+                progress=show,
             )
         except KeyboardInterrupt:
             console.print(f"Stopped; the shards that are done are kept in {out}. The same command goes on from there.")
             raise typer.Exit(130) from None
     quarantined = sum(row.quarantined for row in rows)
-    typer.echo(
-        f"{out}: sound: {len(rows):,} shards, {sum(row.samples for row in rows):,} samples, {quarantined:,} quarantined"
-    )
+    found = f"{counted(len(rows), 'shard')}, {counted(sum(row.samples for row in rows), 'sample')}"
+    typer.echo(f"{out}: sound: {found}, {quarantined:,} quarantined")
 
 
 def _describe(name: str, spec: TensorSpec) -> str:
@@ -169,7 +189,7 @@ def _describe(name: str, spec: TensorSpec) -> str:
 def _list(problems: Sequence[Finding]) -> None:
     for problem in problems:
         typer.echo(str(problem))
-    typer.echo(f"{len(problems)} problems")
+    typer.echo(counted(len(problems), "problem"))
 
 
 # --- Samples for a person's eyes -----------------------------------------------------------------------------

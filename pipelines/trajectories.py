@@ -11,9 +11,9 @@ import typer
 from rich.console import Console
 
 from ..cluster.dataset import claim, create_dataset
-from ..cluster.manifest import ManifestRow, merge_manifest, read_manifest, read_sound_record
+from ..cluster.manifest import ManifestRow, read_manifest, read_sound_record, seal
 from ..cluster.pool import PoolReport, PoolSettings, Quarantined, run_pool
-from ..cluster.preflight import Requirements, in_gib
+from ..cluster.preflight import Requirements, counted, in_gib
 from ..cluster.session import start_or_join
 from ..cluster.storage import Storage, StorageError
 from ..kernels.sprites.splits import prompts as sprites_prompts
@@ -151,7 +151,7 @@ def _make(job: Job, need: Requirements) -> _Made:
             made.rows.append(row)
 
         def note(record: Quarantined[Any]) -> None:
-            made.failed.append(f"{record.item.name}: {record.failure} (attempts: {record.attempts}, {record.worker})")
+            made.failed.append(f"{record.item.name}: {record}")
 
         left = job.pending()
         create_dataset(out, job.info)
@@ -159,14 +159,8 @@ def _make(job: Job, need: Requirements) -> _Made:
         pool = PoolSettings(need, KIND, retry_on=(StorageError, ConnectionError))
         made.report = run_pool(job.worker(), left, pool, keep, on_quarantine=note)
         if not made.failed and not made.report.interrupted:
-            _seal(out)
+            seal(out)
     return made
-
-
-def _seal(out: Storage) -> list[ManifestRow]:
-    """Of all shards, under the claim: away with what killed workers left half written, then the manifest."""
-    out.remove_stale(older_than=0.0)
-    return merge_manifest(out)
 
 
 def _finish(job: Job, made: _Made, console: Console, check: bool) -> int:
@@ -175,13 +169,13 @@ def _finish(job: Job, made: _Made, console: Console, check: bool) -> int:
     samples, quarantined = sum(row.samples for row in rows), sum(row.quarantined for row in rows)
     size = sum(row.bytes for row in rows)
     typer.echo(
-        f"{out.uri}: {_many(len(rows), 'shard')}, {_many(samples, 'sample')}, {quarantined} quarantined, "
+        f"{out.uri}: {counted(len(rows), 'shard')}, {counted(samples, 'sample')}, {quarantined} quarantined, "
         f"{size:,} bytes ({in_gib(size)})"
     )
     if made.report:
         typer.echo(_pace(made))
     if quarantined:
-        console.print(f"warning: {_many(quarantined, 'sample')} could not be made:")
+        console.print(f"warning: {counted(quarantined, 'sample')} could not be made:")
         _list(console, _reasons(out, rows))
     if not samples:
         console.print(f"{out.uri}: not one sample could be made")
@@ -199,7 +193,7 @@ def _manifest(job: Job) -> list[ManifestRow]:
     if len(rows) == len(job.shards):
         return rows
     with claim(out, OWNER):
-        return _seal(out)
+        return seal(out)
 
 
 def _validate(job: Job) -> int:
@@ -207,7 +201,7 @@ def _validate(job: Job) -> int:
     result = validate(job)
     for problem in result.problems:
         typer.echo(problem)
-    figures = f"{_many(result.samples, 'sample')} sound, {_many(len(result.problems), 'problem')}"
+    figures = f"{counted(result.samples, 'sample')} sound, {counted(len(result.problems), 'problem')}"
     sheet = f"; some of them: {job.order.out.where(SHEET)}" if result.samples else ""
     typer.echo(f"{job.order.out.uri}: validated in {time.monotonic() - began:.1f} s: {figures}{sheet}")
     return 1 if result.problems else 0
@@ -215,7 +209,7 @@ def _validate(job: Job) -> int:
 
 def _fail(job: Job, made: _Made, console: Console) -> int:
     typer.echo(
-        f"{job.order.out.uri}: {len(made.failed)} of {_many(len(job.shards), 'shard')} could not be made; "
+        f"{job.order.out.uri}: {len(made.failed)} of {counted(len(job.shards), 'shard')} could not be made; "
         "no manifest is written; the same command tries again"
     )
     for line in made.failed:
@@ -231,8 +225,8 @@ def _pace(made: _Made) -> str:
     size = sum(row["bytes"] for row in made.rows)
     rate = made.samples / report.seconds if report.seconds else 0.0
     return (
-        f"made now: {_many(len(made.rows), 'shard')}, {_many(made.samples, 'sample')}, {size:,} bytes in "
-        f"{report.seconds:.1f} s with up to {_many(report.most_workers, 'worker')}: {rate:.3g} samples per second"
+        f"made now: {counted(len(made.rows), 'shard')}, {counted(made.samples, 'sample')}, {size:,} bytes in "
+        f"{report.seconds:.1f} s with up to {counted(report.most_workers, 'worker')}: {rate:.3g} samples per second"
     )
 
 
@@ -243,10 +237,6 @@ def _reasons(out: Storage, rows: Sequence[ManifestRow]) -> list[str]:
 
 def _stopped(out: Storage) -> str:
     return f"Stopped. Whole shards are kept in {out.uri}; the same command goes on from there."
-
-
-def _many(count: int, unit: str) -> str:
-    return f"{count:,} {unit}{'' if count == 1 else 's'}"
 
 
 def _list(console: Console, lines: Sequence[str]) -> None:

@@ -21,7 +21,7 @@ from ..actors.trajectories import (
 )
 from ..cluster.dataset import Sample, ShardError, decode_sample, read_samples
 from ..cluster.manifest import ShardPlan, read_sound_record
-from ..cluster.preflight import in_gib
+from ..cluster.preflight import counted, in_gib
 from .making import known_kind
 from .prompts import packed
 from .sheet import contact_sheet
@@ -64,7 +64,7 @@ class DryRun:
         if self.device_hours is None or self.seconds is None:
             yield f"time: not estimated, this process sees no {self.device} device"
             return
-        wall = f"{self.seconds / self.workers / 3600:.3g} hours on {self.workers} workers"
+        wall = f"{self.seconds / self.workers / 3600:.3g} hours on {counted(self.workers, 'worker')}"
         yield f"time: {self.device_hours:.3g} device-hours ({self.device}), {wall}, without their start"
         if cost_per_hour is not None:
             yield f"cost: {self.device_hours * cost_per_hour:.2f} at {cost_per_hour:g} per device-hour"

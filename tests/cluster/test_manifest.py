@@ -26,6 +26,7 @@ from reelway.cluster.manifest import (
     plan,
     read_manifest,
     record_name,
+    seal,
     write_manifest,
 )
 from reelway.cluster.storage import Storage
@@ -145,7 +146,7 @@ def test_pending_refuses_another_plans_shards(tmp_path: Path) -> None:
     assert pending(storage, shards) == []
     with pytest.raises(ValueError, match=r"shard-000000\.tar: was planned otherwise: fingerprint \w+, this plan's"):
         pending(storage, plan("abcdef", 2, "g"))
-    with pytest.raises(ValueError, match=r"shard-000002\.tar: 1 shards there are not of this plan"):
+    with pytest.raises(ValueError, match=r"shard-000002\.tar: 1 of the shards there are not of this plan"):
         pending(storage, shards[:2])
 
 
@@ -208,6 +209,15 @@ def test_a_merge_takes_what_the_records_say_now(tmp_path: Path) -> None:
     storage.delete(shard.name)
     with pytest.raises(ValueError, match=r"shard-000000\.tar: has no bytes, its record says"):
         merge_manifest(storage)
+
+
+def test_a_sealed_set_holds_nothing_half_written(tmp_path: Path) -> None:
+    storage = Storage.open(tmp_path)
+    (shard,) = plan("ab", 2, "f")
+    record = _finish(storage, shard)
+    (tmp_path / ".partial-1-0123456789ab-shard-000000.tar").write_bytes(b"half")
+    assert seal(storage) == [record.to_row()] == read_manifest(storage)
+    assert {path.name for path in tmp_path.iterdir()} == {MANIFEST, shard.name, record_name(shard.name)}
 
 
 def test_a_damaged_manifest_is_named(tmp_path: Path) -> None:

@@ -150,7 +150,9 @@ def test_a_worker_that_is_long_in_starting_is_reported(
     assert "pool: still waiting for a worker with 0.5 CPUs to start; free now: " in errors
 
 
-def test_a_killed_worker_is_replaced_and_a_deadly_item_quarantined(ray_session: Session, tmp_path: Path) -> None:
+def test_a_killed_worker_is_replaced_and_a_deadly_item_quarantined(
+    ray_session: Session, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows: list[int] = []
     records: list[Any] = []
     report = run_pool(
@@ -168,6 +170,10 @@ def test_a_killed_worker_is_replaced_and_a_deadly_item_quarantined(ray_session: 
     assert record.failure.error == "WorkerDied"
     assert "killed" in record.failure.message
     assert record.failure.log_tail[-1] == "last words of 5"
+    assert " | last words of 5 (attempts: 2, pid " in str(record)
+    assert "\n" not in str(record)
+    note = next(line for line in capsys.readouterr().err.splitlines() if "item 5 quarantined after 2 attempts" in line)
+    assert note.endswith(" | last words of 5")
     assert record.worker.startswith("pid ")
 
 

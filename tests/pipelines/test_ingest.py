@@ -447,6 +447,27 @@ def test_an_interrupted_survey_goes_on(reelway: Run, tmp_path: Path, monkeypatch
 
 
 @pytest.mark.usefixtures("here")
+def test_what_killed_workers_left_half_written_is_swept(
+    reelway: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sprites(tmp_path / "videos", 2, frames=17)
+    out, left = tmp_path / "out", []
+
+    def leaving(worker: Any, items: Sequence[Any], pool: PoolSettings, *rest: Any, on_quarantine: Any) -> Any:
+        folder = out / "survey" if pool.name == "survey" else out
+        folder.mkdir(parents=True, exist_ok=True)
+        left.append(folder / f".partial-1-0123456789ab-{items[0].name.rpartition('/')[2]}")
+        left[-1].write_bytes(b"half")
+        return one_worker(worker, items, pool, *rest, on_quarantine=on_quarantine)
+
+    monkeypatch.setattr(ingest, "run_pool", leaving)
+    assert reelway(*arguments(tmp_path / "videos", out), changes=SPRITES).code == 0
+    assert len(left) == 2
+    assert not any(path.exists() for path in left)
+    assert not list(out.rglob(".partial-*"))
+
+
+@pytest.mark.usefixtures("here")
 def test_workers_that_fail_leave_no_manifest(reelway: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sprites(tmp_path / "videos", 2, frames=17)
 
@@ -489,7 +510,7 @@ def test_a_dry_run_writes_nothing(reelway: Run, tmp_path: Path) -> None:
     assert outcome.code == 0, outcome.err
     assert "3 videos with a caption" in outcome.out
     assert "clips: about 6; shards: about 2" in outcome.out
-    assert "left out: about 1 videos: empty" in outcome.out
+    assert "left out: about 1 video: empty" in outcome.out
     assert not (tmp_path / "out").exists()
     assert reelway(*command, changes=SPRITES).code == 0
     assert "clips: 6; shards: 2" in reelway(*command, "--dry-run", changes=SPRITES).out

@@ -189,7 +189,8 @@ def test_timesteps_must_be_those_of_the_states(
 ) -> None:
     code, _, err = _import(reelway, trajectories, tmp_path / "set", "--timesteps", timesteps)
     assert code == 2
-    assert f"--timesteps: {words}" in err.replace(f"{trajectories} ", "")
+    (line,) = err.splitlines()
+    assert f"--timesteps: {words}" in line.replace(f"{trajectories} ", "")
     assert not (tmp_path / "set").exists()
 
 
@@ -271,3 +272,19 @@ def test_a_sheet_of_what_cannot_be_shown_is_refused(tmp_path: Path, reelway: Run
     (out / "dataset.json").write_text(info)
     code, _, err = reelway("shards", "sample", out, 1, "--vae", VAE)
     assert (code, "dataset.json: fields: need latents.safetensors with caption.txt" in err) == (2, True)
+
+
+@pytest.mark.parametrize("name", ["sheet.jpg", "sheet", "."])
+def test_a_sheet_is_a_png(tmp_path: Path, trajectories: Path, reelway: Run, name: str) -> None:
+    assert _import(reelway, trajectories, tmp_path / "set", "--timesteps", "1000,757,0")[0] == 0
+    out = tmp_path / name
+    refused = (2, "", f"reelway: --out: must be a .png file, got {out}\n")
+    assert reelway("shards", "sample", tmp_path / "set", 1, "--vae", VAE, "--out", out) == refused
+
+
+@pytest.mark.parametrize("command", ["inspect", "verify", "repair"])
+def test_a_file_is_no_data_set(tmp_path: Path, reelway: Run, command: str) -> None:
+    file = tmp_path / "file"
+    file.write_text("")
+    refused = (2, "", f"reelway: {file}: is a file; a data set's folder is needed\n")
+    assert reelway("shards", command, file) == refused

@@ -395,7 +395,27 @@ def test_a_million_prompts_are_planned_in_a_gigabyte(suffix: str, small_teacher:
         (["--sprites", "2"], ("student.timesteps=[1000, 777.7]",), r"^record: no grid of 4 to 8 steps with shift 3"),
         (["--sprites", "2"], ("trajectories.nope=1",), r"trajectories\.nope: "),
         (["--sprites", "2", "--workers", "two"], (), r"^--workers: must be N or MIN:MAX, got 'two'$"),
-        (["--sprites", "2", "--workers", "3:2"], (), r"^max_workers: must be at least min_workers = 3, got 2$"),
+        (
+            ["--sprites", "2", "--workers", "3:2"],
+            (),
+            r"^--workers: must be at least 1, and MAX at least MIN, got '3:2'$",
+        ),
+        (["--sprites", "2", "--workers", "0"], (), r"^--workers: must be at least 1, and MAX at least MIN, got '0'$"),
+        (
+            ["--sprites", "2", "--cpus-per-worker", "-1"],
+            (),
+            r"^--cpus-per-worker: must be a number of at least 0, got -1$",
+        ),
+        (
+            ["--sprites", "2", "--gpus-per-worker", "nan"],
+            (),
+            r"^--gpus-per-worker: must be a number of at .*, got nan$",
+        ),
+        (
+            ["--sprites", "2", "--accelerator-type", "A100"],
+            (),
+            r"^--accelerator-type: .* for --device cuda, got 'A100'$",
+        ),
         (["--sprites", "2", "--device", "tpu"], (), r"^--device: must be cpu or cuda, got 'tpu'$"),
     ],
 )
@@ -406,6 +426,12 @@ def test_a_mistake_is_one_clear_line(
         call(small_teacher, tmp_path / "set", *arguments, changes=changes)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "set").exists()
+
+
+def test_a_file_is_no_place_for_a_set(small_teacher: Path, no_ray: list[str], tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match=rf"^{tmp_path}/file: is a file; a data set's folder is needed$"):
+        call(small_teacher, tmp_path / "file", "--sprites", 1)
 
 
 def test_a_teacher_that_is_not_there_is_named(no_ray: list[str], tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from faults.kills import marked, wait_until
@@ -29,8 +30,8 @@ def remove(folder: str) -> None:
 
 
 @contextmanager
-def two_nodes() -> Iterator[Cluster]:
-    """A head without CPUs for the driver, and two nodes with one CPU each, all on this machine."""
+def two_nodes(*changes: dict[str, Any]) -> Iterator[Cluster]:
+    """A head without CPUs for the driver, and two nodes with one CPU each, all on this machine. changes: of the two."""
     folder = tempfile.mkdtemp(prefix="rw-", dir="/tmp")
     head = {"num_cpus": 0, "num_gpus": 0, "include_dashboard": False, "temp_dir": folder, "_system_config": CONTROL}
     cluster = Cluster()
@@ -38,7 +39,7 @@ def two_nodes() -> Iterator[Cluster]:
         # Nobody else shall find this cluster.
         patch.setattr("ray._private.utils.write_ray_address", lambda address: None)
         try:
-            for node in (head, SMALL_NODE, SMALL_NODE):
+            for node in (head, *(SMALL_NODE | more for more in changes or ({}, {}))):
                 cluster.add_node(**node)
             yield cluster
         finally:
