@@ -502,13 +502,17 @@ def test_a_text_is_encoded_beside_the_work(student: Student, monkeypatch: pytest
     with running(scheduler), ThreadPoolExecutor(2) as threads:
         turn = threads.submit(scheduler.prompt, "one", "a text that was never seen")
         opened = threads.submit(scheduler.open, job("three", "another such text"))
-        assert entered.acquire(timeout=60)
-        frame = 0
-        while frame < 45:
-            frame = max([frame, *(piece.end for piece in scheduler.take("two", frame, 60).pieces)])
-        assert not turn.done()
-        assert not opened.done()
-        free.set()
+        try:
+            assert entered.acquire(timeout=60)
+            frame = 0
+            while frame < 45:
+                pieces = scheduler.take("two", frame, 60).pieces
+                assert pieces, "the work waits for a text"
+                frame = pieces[-1].end
+            assert not turn.done()
+            assert not opened.done()
+        finally:
+            free.set()
         assert turn.result(60).index == 1
         opened.result(60)
     assert student.context.cache_info().hits >= 2  # the working thread found both

@@ -229,10 +229,11 @@ class Viewer:
         return self.until("ready")
 
     def hear(self, patience: float = PATIENCE) -> dict[str, Any] | None:
-        """The next record, past media; None once the socket is closed. TimeoutError."""
+        """The next record, past media; None once the socket is closed. TimeoutError, however much media comes."""
+        until = time.monotonic() + patience
         while True:
             try:
-                message = self.socket.recv(patience)
+                message = self.socket.recv(max(0.0, until - time.monotonic()))
             except ConnectionClosed as closed:
                 self.code = closed.rcvd.code if closed.rcvd else None
                 return None

@@ -277,6 +277,29 @@ def test_a_stream_goes_on_on_another_socket(server: LocalServer, expected: list[
         assert [record["code"] for record in late.rest()] == ["unknown_stream"]
 
 
+def test_an_uploaded_video_outlives_its_socket(server: LocalServer, tmp_path: Path) -> None:
+    """The second socket does not send it again, and goes on to its end."""
+    path = tmp_path / "source.mp4"
+    with VideoWriter(path, 1) as writer:
+        writer.write(np.random.default_rng(1).integers(0, 255, (FIRST + 3 * CHUNK, *SIZE, 3), dtype=np.uint8))
+    video = base64.b64encode(path.read_bytes()).decode()
+    with server.viewer() as whole:
+        whole.start(source={"video": video, "noise": 0.3})
+        whole.rest()
+    with server.viewer() as viewer:
+        ready = viewer.start(source={"video": video, "noise": 0.3})
+        viewer.chunks(1)
+        viewer.socket.socket.close()
+    with server.viewer() as again:
+        message = {"type": "reconnect", "version": 1, "stream": ready["stream"], "frame": FIRST}
+        again.say(**message, media="jpeg", quality=100)
+        end = again.rest()[-1]
+    assert (end["reason"], end["frames"]) == ("the source video has ended", FIRST + 3 * CHUNK)
+    assert list(again.pictures) == list(range(FIRST, FIRST + 3 * CHUNK))
+    for index, picture in again.pictures.items():
+        assert np.abs(read(picture) - read(whole.pictures[index])).mean() < 3, index
+
+
 def test_a_stream_outlives_its_worker(small_student: Path, tmp_path: Path, expected: list[np.ndarray]) -> None:
     with LocalServer(small_student, tmp_path, model={"min_workers": 2, "max_workers": 2}) as server:
         with server.viewer() as viewer:
