@@ -1,0 +1,1 @@
+"""The parts of `benchmarks/rollouts.py`, one file per kind of measurement."""
