@@ -27,13 +27,12 @@ from ..kernels.causal.generator import ChunkGenerator, append_blocks, next_block
 from ..kernels.clips import Pixels
 from ..kernels.diffusion.noise import SampleKey
 from ..kernels.wan.vae import VAEState
-from .modes import Mode
+from .modes import CLIP_LATENTS, Mode, Redraw
 from .pretraining import to_pixels, to_video
 
 if TYPE_CHECKING:
     from .generator import Student
 
-CLIP_LATENTS: Final = 21  # latent frames of the clips that Wan2.1 was trained on: 81 frames, 5 seconds
 SNAPSHOT_VERSION: Final = 1
 NAME: Final = "reelway.stream"  # of the JSON in a snapshot's file
 
@@ -42,20 +41,6 @@ NAME: Final = "reelway.stream"  # of the JSON in a snapshot's file
 FULL_MOTION: Final = 0.2  # root mean square change from frame to frame, pixels in [-1, 1], that counts as full motion
 MOTION_DEPTH: Final = 0.1  # what full motion takes off the noise level
 INERTIA: Final = 0.1  # share of the level before in the new one
-
-
-@dataclass(frozen=True)
-class Redraw:
-    """Video-to-video. noise: level in (0, 1] that the source is noised to (0: the source, 1: pure noise); the student's
-    timesteps below it follow. adaptive: lower the level where the source moves fast.
-    """
-
-    noise: float = 0.7
-    adaptive: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 < self.noise <= 1:
-            raise ValueError(f"noise: must lie in (0, 1], got {self.noise:g}")
 
 
 def adapted_noise(initial: float, previous: float, frames: Tensor) -> float:

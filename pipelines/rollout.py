@@ -11,13 +11,12 @@ from rich.console import Console
 
 from ..actors.bench_device import DTYPES, find_device
 from ..actors.bench_report import FRAME_RATE
-from ..actors.modes import MODES, Mode
-from ..actors.streams import CLIP_LATENTS, Redraw
+from ..actors.modes import CLIP_LATENTS, MODES, Mode, Redraw
 from ..kernels.causal.student import StudentSettings
 from ..kernels.diffusion.schedule import timesteps
-from .rollout_single import Order, Plan, run
+from .rollout_order import Order, Plan
 from .schedule import Schedule, read_schedule
-from .video import VideoFile
+from .video import FORMATS, VideoFile
 
 NOISE = Redraw().noise
 
@@ -33,7 +32,7 @@ def rollout_command(
     prompts: Annotated[Path | None, typer.Option(help="Many videos: .txt, .csv, .jsonl, .parquet or a folder.")] = None,
     image: Annotated[Path | None, typer.Option(help="Begin with this image.")] = None,
     video: Annotated[Path | None, typer.Option(help="Redraw this video, as --noise says.")] = None,
-    noise: Annotated[float | None, typer.Option(help=f"With --video: 0 keeps it, 1 ignores it [{NOISE:g}].")] = None,
+    noise: Annotated[float | None, typer.Option(help=f"With --video: near 0 keeps, 1 ignores it [{NOISE:g}].")] = None,
     adaptive: Annotated[bool, typer.Option("--adaptive", help="With --video: less noise where it moves fast.")] = False,
     extend: Annotated[Path | None, typer.Option(help="Go on from this video's end; it is written first.")] = None,
     seconds: Annotated[float | None, typer.Option(help="Length of what is made; 5 s by default.")] = None,
@@ -79,9 +78,11 @@ def rollout_command(
         dtype=_dtype(dtype, device),
     )
     if prompts is not None:
+        _only_with("--prompt or --schedule", {**starts, "--noise": noise, "--adaptive": adaptive, "--json": json_path})
+        if Path(out).suffix.lower() in FORMATS:
+            raise ValueError(f"--out: with --prompts it is the folder of a data set, got {out}")
         from .rollout_batch import BatchOrder, run_batch  # here only: Ray takes its time to import
 
-        _only_with("--prompt or --schedule", {**starts, "--noise": noise, "--adaptive": adaptive, "--json": json_path})
         many = BatchOrder(
             replace(plan, student=student.absolute()), prompts, out, batch or 1, per_shard or 16, workers or 1
         )
@@ -100,6 +101,9 @@ def rollout_command(
         extend=VideoFile(extend, FRAME_RATE) if extend else None,
         redraw=Redraw(NOISE if noise is None else noise, adaptive) if video else None,
     )
+    order.check(json_path)
+    from .rollout_single import run  # here only: networks take seconds to import, mistakes are told at once
+
     raise typer.Exit(run(order, console, json_path))
 
 

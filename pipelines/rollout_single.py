@@ -6,7 +6,6 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from types import FrameType
@@ -20,93 +19,33 @@ from rich.console import Console
 from ..actors.bench_device import MemoryMeter, describe_device, versions
 from ..actors.bench_report import FRAME_RATE
 from ..actors.generator import Student
-from ..actors.modes import Mode
-from ..actors.streams import Redraw, Stream, overlapped
-from ..kernels.causal.student import StudentSettings
+from ..actors.streams import Stream, overlapped
+from ..cluster.machine import free_memory
 from ..kernels.clips import Pixels
 from .rollout_meter import Meter
-from .schedule import Schedule, chunk_frames, frames_of, length_of
-from .video import VideoFile, Writer, check_target, open_writer, read_image
+from .rollout_order import Order
+from .schedule import Schedule, chunk_frames, frames_of
+from .video import Writer, open_writer, read_image
 
 WRITTEN_AT_ONCE: Final = 16  # frames of a given video
 
 
-@dataclass(frozen=True)
-class Plan:
-    """What decides a video besides its prompt and what it begins with. samples: videos of one prompt.
-
-    settings: student.json's, changed as the user said. height, width: None for what the model was trained on.
-    """
-
-    student: Path
-    settings: StudentSettings
-    seconds: float | None
-    blocks: int | None
-    seed: int
-    samples: int
-    height: int | None
-    width: int | None
-    mode: Mode
-    segment: int
-    device: str
-    dtype: torch.dtype
-
-    def load(self) -> Student:
-        return Student.from_pretrained(self.student, self.device, dtype=self.dtype, settings=self.settings)
-
-    def size(self, student: Student) -> tuple[int, int]:
-        """Height and width in pixels."""
-        return self.height or student.default_size[0], self.width or student.default_size[1]
-
-
-@dataclass(frozen=True)
-class Order:
-    """What a user asked for. image, video, extend: at most one; redraw: with `video`."""
-
-    plan: Plan
-    schedule: Schedule
-    out: Path
-    image: Path | None = None
-    video: VideoFile | None = None
-    extend: VideoFile | None = None
-    redraw: Redraw | None = None
-
-    @property
-    def targets(self) -> list[Path]:
-        """A path for each sample: the given one, or numbered ones beside it."""
-        if self.plan.samples == 1:
-            return [self.out]
-        return [self.out.with_name(f"{self.out.stem}-{index}{self.out.suffix}") for index in range(self.plan.samples)]
-
-    @property
-    def begins_with(self) -> str:
-        starts = {"image": self.image, "video": self.video, "extended video": self.extend}
-        return next((name for name, given in starts.items() if given is not None), "text")
-
-    @property
-    def frames(self) -> int:
-        """Frames to be made."""
-        plan = self.plan
-        length = length_of(plan.settings, plan.seconds, plan.blocks, continues=self.extend is not None)
-        if self.video is None:
-            return length
-        whole = plan.seconds is None and plan.blocks is None
-        return self.video.frames if whole else min(length, self.video.frames)
-
-
 def run(order: Order, console: Console, json_path: Path | None = None) -> int:
     """Make an order's videos; the exit code: 0, or 130 when it was interrupted."""
-    _check_files(order, json_path)
+    order.check(json_path)
+    for start in order.unreached():
+        console.print(f"--schedule: the video ends before the prompt at {start:g}s")
     memory = MemoryMeter(torch.device(order.plan.device))
     student = order.plan.load()
+    student.budget = _room(student.device)
     chunks = chunk_frames(order.plan.settings, continues=order.extend is not None)
     meter = Meter(console, order.frames, *chunks)
     with Interruption() as stop, ExitStack() as files:
         writers = [files.enter_context(open_writer(target, FRAME_RATE)) for target in order.targets]
-        clip = None if order.extend is None else _copy(order.extend, order.plan, student, writers)
+        clip = _copy(order, student, writers, stop)
         memory.start()
         meter.start()
-        streams = _open(order, student, clip)
+        streams = [] if stop.asked else _open(order, student, clip)
         try:
             for groups in _rounds(order, streams, meter.chunks):
                 meter.count(_write(writers, groups, meter.left))
@@ -116,36 +55,38 @@ def run(order: Order, console: Console, json_path: Path | None = None) -> int:
             raise ValueError(f"{order.plan.student}: {error}") from error
         finally:
             meter.close()
-    figures = _setting(order, student, streams[0]) | meter.figures(order.plan.samples)
-    figures["peak_memory"] = {"bytes": memory.peak(), "means": memory.meaning}
-    if json_path is not None:
-        json_path.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
-    typer.echo(_summary(figures))
+    if streams:
+        figures = _setting(order, student, streams[0]) | meter.figures(order.plan.samples)
+        figures["peak_memory"] = {"bytes": memory.peak(), "means": memory.meaning}
+        _tell(figures, json_path)
     if meter.left:
-        kept = "is a whole video" if meter.frames else "was not written"
+        kept = "is a whole video" if meter.frames or clip is not None else "was not written"
         console.print(f"Stopped. What was made so far {kept}; the same command begins anew.")
         return 130
     return 0
 
 
-def _check_files(order: Order, json_path: Path | None) -> None:
-    """What can be known before the model is loaded."""
-    for target in order.targets:
-        check_target(target)
-    if order.image is not None and not order.image.is_file():
-        raise FileNotFoundError(f"--image: no such file: {order.image}")
-    if json_path is not None and not json_path.absolute().parent.is_dir():
-        raise FileNotFoundError(f"--json: no such folder: {json_path.absolute().parent}")
+def _room(device: torch.device) -> int:
+    """Bytes that streams may take: what the device has free once the networks are there."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
 
 
-def _copy(clip: VideoFile, plan: Plan, student: Student, writers: list[Writer]) -> Pixels:
+def _tell(figures: dict[str, Any], json_path: Path | None) -> None:
+    if json_path is not None:
+        json_path.write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
+    typer.echo(_summary(figures))
+
+
+def _copy(order: Order, student: Student, writers: list[Writer], stop: "Interruption") -> Pixels | None:
     """Write a video that is to be extended; returns its last frames, as many as a window can take up."""
-    last: deque[Pixels] = deque(maxlen=frames_of(plan.settings.window))
-    frames = clip.read(*plan.size(student))
-    while part := list(islice(frames, WRITTEN_AT_ONCE)):
+    if order.extend is None:
+        return None
+    last: deque[Pixels] = deque(maxlen=frames_of(order.plan.settings.window))
+    frames = order.extend.read(*order.plan.size(student))
+    while not stop.asked and (part := list(islice(frames, WRITTEN_AT_ONCE))):
         _write(writers, [np.stack(part)] * len(writers), len(part))
         last.extend(part)
-    return np.stack(last)
+    return np.stack(last) if last else None
 
 
 def _write(writers: list[Writer], groups: list[Pixels], most: int) -> int:
@@ -168,6 +109,8 @@ def _open(order: Order, student: Student, clip: Pixels | None) -> list[Stream]:
 
 def _rounds(order: Order, streams: list[Stream], chunks: int) -> Iterator[list[Pixels]]:
     """Groups of frames, one for each sample, as they are made."""
+    if not streams:
+        return
     student, prepare = streams[0].student, _following(order.schedule, streams[0])
     if order.video is not None:
         yield from _redrawn(streams, order.video.read(*order.plan.size(student)), prepare)

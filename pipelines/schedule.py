@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Final
 
 from ..actors.bench_report import FRAME_RATE
-from ..actors.streams import CLIP_LATENTS
+from ..actors.modes import CLIP_LATENTS
 from ..kernels.causal.student import StudentSettings
 
 FRAMES_PER_LATENT: Final = 4  # of every latent frame but a stream's first, which is one frame
 ENTRY: Final = re.compile(r"\s*(?=\d)(?:(\d+)m)?(?:(\d+(?:\.\d+)?)s?)?\s*:(.*)", re.DOTALL)
 NEXT: Final = re.compile(r";(?=\s*\d[\dms.]*\s*:)")
+# What looks like another entry inside a prompt: a colon or a semicolon was forgotten, or a time is negative.
+ENTRY_INSIDE: Final = re.compile(r";\s*-?(?:\d+m)?\d+(?:\.\d+)?s\b|(?<![\w.])-?(?:\d+m)?\d+(?:\.\d+)?s\s*:")
 LONGEST_NAME: Final = 255  # bytes that a file system takes for a name
 FORM: Final = "SECONDS: prompt, as in '0s: a red star; 4s: a blue star; 1m30s: an empty sky'"
 
@@ -63,9 +65,16 @@ def read_schedule(text: str) -> Schedule:
         raise ValueError(f"--schedule: must be a file, or {FORM}; got {text!r}")
     if not is_file:
         raise FileNotFoundError(f"--schedule: {text}: no such file, and no {FORM}")
-    lines = enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1)
+    lines = enumerate(_read(path).splitlines(), 1)
     written = ((number, line) for number, line in lines if line.strip() and not line.lstrip().startswith("#"))
     return _checked([_entry(line, f"{path}:{number}") for number, line in written], str(path))
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"--schedule: {path}: not a text file in UTF-8") from None
 
 
 def _entry(text: str, where: str) -> tuple[float, str]:
@@ -75,6 +84,10 @@ def _entry(text: str, where: str) -> tuple[float, str]:
     minutes, seconds, prompt = match.groups()
     if not prompt.strip():
         raise ValueError(f"{where}: no prompt in {text.strip()!r}")
+    inside = ENTRY_INSIDE.search(prompt)
+    if inside:
+        found = prompt[inside.start() :].strip(" ;")
+        raise ValueError(f"{where}: {found!r} stands inside a prompt and looks like an entry; must be {FORM}")
     return 60 * int(minutes or 0) + float(seconds or 0), " ".join(prompt.split())
 
 

@@ -24,7 +24,7 @@ from reelway.pipelines import rollout_batch
 from reelway.pipelines.cli import main
 from reelway.pipelines.prompts import read_prompts
 from reelway.pipelines.rollout_batch import BatchOrder, RolloutWorker
-from reelway.pipelines.rollout_single import Plan
+from reelway.pipelines.rollout_order import Plan
 from reelway.pipelines.schedule import length_of, read_schedule
 from reelway.pipelines.video import VideoFile, VideoWriter
 
@@ -244,6 +244,22 @@ def test_an_interrupted_rollout_leaves_a_file_that_plays(
     assert [file.name for file in tmp_path.iterdir()] == ["v.mp4"]
 
 
+def test_an_interrupted_extension_keeps_what_was_copied(
+    rollout: Any, clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write = VideoWriter.write
+
+    def write_and_signal(writer: VideoWriter, frames: np.ndarray) -> None:
+        write(writer, frames)
+        signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(VideoWriter, "write", write_and_signal)
+    out = tmp_path / "v.mp4"
+    assert rollout("--prompt", PROMPT, "--extend", clip, "--seconds", 3600, "--out", out, *SMALL) == 130
+    assert len(played(out)[0]) == 16
+    assert "Stopped. What was made so far is a whole video" in capsys.readouterr().err
+
+
 def test_an_error_leaves_no_file(rollout: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     show = Stream._show
 
@@ -279,6 +295,9 @@ def test_schedules_are_parsed() -> None:
         ("0s: ", "no prompt in '0s:'"),
         ("a: b", "must be a file, or SECONDS: prompt"),
         ("-1s: a", "must be a file, or SECONDS: prompt"),
+        ("0s: a; 4s b", "'4s b' stands inside a prompt and looks like an entry"),
+        ("0s: a, 4s: b", "'4s: b' stands inside a prompt and looks like an entry"),
+        ("0s: a; -4s: b", "'-4s: b' stands inside a prompt and looks like an entry"),
     ],
 )
 def test_wrong_schedules_are_one_line(text: str, message: str) -> None:
@@ -292,6 +311,9 @@ def test_wrong_schedule_files_are_named(tmp_path: Path) -> None:
         read_schedule(str(file))
     file.write_text("0s: a\nlater: b\n")
     with pytest.raises(ValueError, match=f"{file}:2: must be SECONDS: prompt"):
+        read_schedule(str(file))
+    file.write_bytes(b"0s: \xff\xfe")
+    with pytest.raises(ValueError, match=f"{file}: not a text file in UTF-8"):
         read_schedule(str(file))
     file.write_text("# nothing\n")
     with pytest.raises(ValueError, match="no entry in it"):
@@ -327,10 +349,14 @@ def test_lengths() -> None:
         (["--prompt", "a", "--device", "tpu"], "--device: must be cpu, cuda or cuda:N, got tpu"),
         (["--prompt", "a", "--dtype", "fp8"], "--dtype: must be fp32 or bf16, got fp8"),
         (["--prompt", "a", "--window", 5], "window: must hold the sink (3) and a block (3), got 5"),
-        (["--prompt", "a", "--image", "none.png"], "--image: no such file: none.png"),
+        (["--prompt", "a", "--image", "none.png"], "none.png: no such image"),
         (["--prompt", "a", "--video", "none.mp4"], "none.mp4: no such video"),
-        (["--prompts", "none.txt"], "none.txt: no such prompts"),
+        (["--prompts", "none.txt", "--out", "set"], "none.txt: no such prompts"),
         (["--prompt", "a", "--json", "no/where.json"], "--json: no such folder"),
+        (["--prompt", "a", "--json", "."], "--json: must be a file, . is a folder"),
+        (["--prompt", "a", "--out", "/dev/null/v.mp4"], "/dev/null/v.mp4: /dev/null is no folder"),
+        (["--prompt", "a", "--video", "none.mp4", "--noise", 2], "none.mp4: no such video"),
+        (["--prompts", "p.txt"], "--out: with --prompts it is the folder of a data set, got v.mp4"),
         (["--prompt", "a", "--out", "v.avi"], "v.avi: a video is written to .mp4, .gif, .webp, or to a folder"),
         (["--prompt", "a", "--student", "nowhere"], "nowhere: not a student (no student.json)"),
         (["--prompt", "a", "--height", 33], "height: must be a multiple of 16 pixels, got 33"),
@@ -350,6 +376,33 @@ def test_mistakes_are_one_line(
     assert len(lines) == 1
     assert message in lines[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_mistakes_are_told_before_a_model_is_loaded(
+    rollout: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(Student, "from_pretrained", lambda *_, **__: pytest.fail("the model was loaded"))
+    (tmp_path / "text.png").write_text("no picture")
+    clip, blocked = tmp_path / "text.png", tmp_path / "text.png" / "v.mp4"
+    assert rollout("--prompt", "a", "--image", clip, "--out", tmp_path / "v.mp4") == 2
+    assert "not a readable image" in capsys.readouterr().err
+    assert rollout("--prompt", "a", "--out", blocked) == 2
+    assert f"{blocked}: {clip} is no folder" in capsys.readouterr().err
+
+
+def test_a_video_too_large_for_the_machine_is_refused(rollout: Any, tmp_path: Path, capsys: Any) -> None:
+    """A square of 32,768 pixels: more than any machine that runs tests has, and nothing is allocated for it."""
+    assert rollout("--prompt", "a", "--out", tmp_path / "v.mp4", "--height", 1 << 15, "--width", 1 << 15) == 2
+    assert "student: a stream of 32768x32768 needs " in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_after_the_end_is_told(rollout: Any, tmp_path: Path, capsys: Any) -> None:
+    arguments = ("--schedule", f"0s: {PROMPT}; 0.5s: a sky; 1m: two blue circles", "--blocks", 1)
+    assert rollout(*arguments, "--out", tmp_path / "v.mp4", *SMALL) == 0
+    told = capsys.readouterr().err
+    assert "the video ends before the prompt at 60s" in told
+    assert "at 0.5s" not in told
 
 
 def test_files_that_are_no_pictures_are_named(rollout: Any, tmp_path: Path, capsys: Any) -> None:
