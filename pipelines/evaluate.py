@@ -135,7 +135,7 @@ class Made:
 
 
 def _whose(cell: Cell) -> str:
-    return f"{cell.model.name}, {cell.setting.label}, seed {cell.seed}, {cell.prompt.text[:60]!r}"
+    return f"{cell.model.name}, {cell.label}, seed {cell.seed}, {cell.prompt.text[:60]!r}"
 
 
 def make_missing(plan: Plan, out: Storage, need: Requirements, address: str | None, console: Console) -> Made:
@@ -214,7 +214,7 @@ def sheet_cells(plan: Plan, rows: Mapping[str, Any]) -> list[Report]:
         for identity in identities:
             for cell in cells:
                 if (cell.prompt_set, cell.prompt.identity) == (name, identity):
-                    whose = {"model": cell.model.name, "setting": cell.setting.label, "prompts": name}
+                    whose = {"model": cell.model.name, "setting": cell.label, "prompts": name}
                     found.append({**whose, "prompt": " → ".join(cell.graded), "key": cell.key})
     return found
 

@@ -12,11 +12,12 @@ import torch
 from ...actors.bench_report import FRAME_RATE
 from ...actors.judge import SPRITES, Shot, examine
 from ...actors.model_files import latents_shape
-from ...actors.streams import CLIP_LATENTS, Redraw
+from ...actors.modes import CLIP_LATENTS, Redraw
 from ...kernels.causal.student import StudentSettings
 from ..evaluation.makers import TeacherMaker
 from ..evaluation.plan import Asked, Cell, Model, Setting
-from ..rollout_single import Order, Plan, run
+from ..rollout_order import Order, Plan
+from ..rollout_single import run
 from ..schedule import Schedule, frames_of
 from ..training import write_json
 from ..video import VideoFile, VideoWriter
@@ -126,6 +127,7 @@ def _teacher_clip(demo: Demo, folder: Path, prompt: str) -> Take:
         key=TEACHER,
         model=Model(TEACHER, str(demo.teacher), "teacher", demo.prints["teacher"]),
         setting=Setting(recipe.teacher_steps, "clip", recipe.guidance, ""),
+        label="",
         prompt_set="",
         prompt=Asked(prompt, prompt),
         prompts=(prompt,),

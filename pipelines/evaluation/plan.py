@@ -2,9 +2,10 @@
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ...actors import judge, vbench
 from ...actors.model_files import check_model, latents_shape, velocity_digest
@@ -34,13 +35,15 @@ class Asked:
 class Model:
     """A model of the sweep. kind: teacher, causal (a causal teacher, of many steps) or student.
 
-    fingerprint: over every file that decides its videos.
+    fingerprint: over every file that decides its videos. origin: of a student, where it says it came from: stages,
+    their recipes' fingerprints, its teacher.
     """
 
     name: str
     folder: str
     kind: str
     fingerprint: str
+    origin: dict[str, Any] = field(default_factory=dict, compare=False)
 
 
 @dataclass(frozen=True)
@@ -75,12 +78,14 @@ class Setting:
 class Cell:
     """One video to make and grade. frames: pixel frames; latents: latent frames that are made for them.
 
-    prompts: what the model is given, a second one for a switch; graded: the same in the prompts' own words.
+    label: the setting as reports call it, with the length where a sweep has several. prompts: what the model is given,
+    a second one for a switch; graded: the same in the prompts' own words.
     """
 
     key: str
     model: Model
     setting: Setting
+    label: str
     prompt_set: str
     prompt: Asked
     prompts: tuple[str, ...]
@@ -114,10 +119,11 @@ def make_plan(sweep: Sweep, device: str, *, vbench_info: Path | None = None, lim
     models = [_model(name, folder) for name, folder in sweep.models.items()]
     cells: dict[tuple[str, str, str, str], Cell] = {}
     for model in models:
-        for setting in settings_of(model, sweep):
-            for entry in sweep.prompts:
-                for cell in _cells(sweep, device, model, setting, entry, prompts[entry.name]):
-                    cells[model.name, setting.label, entry.name, cell.key] = cell
+        lengths = _lengths(model, sweep)
+        for setting, seconds, entry in product(settings_of(model, sweep), lengths, sweep.prompts):
+            label = setting.label + (f", {seconds:g} s" if len(lengths) > 1 else "")
+            for cell in _cells(sweep, device, model, setting, label, seconds, entry, prompts[entry.name]):
+                cells[model.name, label, entry.name, cell.key] = cell
     return Plan(sweep, list(cells.values()), prompts, models)
 
 
@@ -160,10 +166,22 @@ def student_settings(own: StudentSettings, window: int, sink: int, levels: tuple
     return replace(own, timesteps=levels, window=window, sink=sink)
 
 
+def _lengths(model: Model, sweep: Sweep) -> tuple[float, ...]:
+    """Seconds of a model's videos."""
+    own = sweep.teacher.seconds
+    return (own,) if own is not None and model.kind == "teacher" else sweep.seconds
+
+
 def _cells(
-    sweep: Sweep, device: str, model: Model, setting: Setting, entry: PromptSet, prompts: list[Asked]
+    sweep: Sweep,
+    device: str,
+    model: Model,
+    setting: Setting,
+    label: str,
+    seconds: float,
+    entry: PromptSet,
+    prompts: list[Asked],
 ) -> list[Cell]:
-    seconds = sweep.teacher.seconds or sweep.seconds if model.kind == "teacher" else sweep.seconds
     frames, latents = _length(sweep, model, seconds)
     size = (sweep.clip.height, sweep.clip.width)
     precision: Precision = sweep.precision or ("float32" if device == "cpu" else "bfloat16")
@@ -187,6 +205,7 @@ def _cells(
                     key=hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:24],
                     model=model,
                     setting=setting,
+                    label=label,
                     prompt_set=entry.name,
                     prompt=prompt,
                     prompts=given,
@@ -218,13 +237,11 @@ def _model(name: str, folder: Path) -> Model:
     if not folder.is_dir():
         raise FileNotFoundError(f"models.{name}: no such folder: {folder}")
     check_model(folder)
-    return Model(name, str(folder), _kind(folder), model_fingerprint(folder))
-
-
-def _kind(folder: Path) -> str:
     if not (folder / "student.json").is_file():
-        return "teacher"
-    return "student" if StudentSettings.read(folder).sampling == "few-step" else "causal"
+        return Model(name, str(folder), "teacher", model_fingerprint(folder))
+    settings = StudentSettings.read(folder)
+    kind = "student" if settings.sampling == "few-step" else "causal"
+    return Model(name, str(folder), kind, model_fingerprint(folder), settings.origin)
 
 
 def model_fingerprint(folder: Path) -> str:

@@ -111,15 +111,19 @@ def _plain(found: Interval | Difference) -> Report:
 
 
 def baseline(plan: Plan, order: list[Group], scores: Mapping[Group, Mapping[str, GroupScores]]) -> Report:
-    """Every group less the baseline's on the same prompts: the baseline model's first setting."""
+    """Every group less the baseline's on the same prompts: the baseline model's first setting, of the same length if
+    there is one.
+    """
     name = plan.sweep.baseline or plan.models[0].name
-    firsts: dict[str, Group] = {}
+    frames = {group_of(cell): cell.frames for cell in plan.cells}
+    firsts: dict[tuple[str, int | None], Group] = {}
     for group in order:
         if group.model == name:
-            firsts.setdefault(group.prompt_set, group)
+            firsts.setdefault((group.prompt_set, None), group)
+            firsts.setdefault((group.prompt_set, frames[group]), group)
     entries = []
     for group in order:
-        first = firsts.get(group.prompt_set)
+        first = firsts.get((group.prompt_set, frames[group]), firsts.get((group.prompt_set, None)))
         if first is not None and group != first:
             entries += compared(first, scores[first], group, scores[group])
     return {"model": name, "differences": entries}
@@ -230,7 +234,7 @@ def worst(sources: Sources) -> list[Report]:
         {
             "key": cell.key,
             "model": cell.model.name,
-            "setting": cell.setting.label,
+            "setting": cell.label,
             "prompts": cell.prompt_set,
             "prompt": " → ".join(cell.graded),
             "seed": cell.seed,

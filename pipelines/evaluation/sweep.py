@@ -87,26 +87,32 @@ class StudentSweep(Strict):
 class Sweep(Strict):
     """A sweep. models: {name: folder}, a student where the folder has a student.json.
 
-    seeds: each prompt is made once per seed. baseline: the model that the others are compared with, the first one by
-    default. precision: of the networks' products; float32 on the CPU and bfloat16 elsewhere by default.
+    seeds, seconds: each prompt is made once per seed and per length (a number, or a list). baseline: the model that the
+    others are compared with, the first one by default. precision: of the networks' products; float32 on the CPU and
+    bfloat16 elsewhere by default.
     """
 
     models: Annotated[dict[Name, Path], Field(min_length=1)]
     prompts: Annotated[list[PromptSet], Field(min_length=1)]
     clip: ClipSettings
     seeds: Annotated[tuple[int, ...], Field(min_length=1)] = (0,)
-    seconds: Rate = 5.0
+    seconds: Annotated[tuple[Rate, ...], Field(min_length=1)] = (5.0,)
     teacher: TeacherSweep = TeacherSweep()
     student: StudentSweep = StudentSweep()
     baseline: str | None = None
     precision: Precision | None = None
 
-    @field_validator("seeds")
+    @field_validator("seconds", mode="before")
     @classmethod
-    def _must_differ(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) < len(seeds):
-            raise ValueError("each seed must stand there once")
-        return seeds
+    def _one_or_many(cls, seconds: Any) -> Any:
+        return seconds if isinstance(seconds, list | tuple) else (seconds,)
+
+    @field_validator("seeds", "seconds")
+    @classmethod
+    def _must_differ(cls, values: tuple[float, ...]) -> tuple[float, ...]:
+        if len(set(values)) < len(values):
+            raise ValueError("each must stand there once")
+        return values
 
     @model_validator(mode="after")
     def _must_fit_together(self) -> "Sweep":

@@ -54,7 +54,7 @@ class Group:
 
 
 def group_of(cell: Cell) -> Group:
-    return Group(cell.model.name, cell.setting.label, cell.prompt_set)
+    return Group(cell.model.name, cell.label, cell.prompt_set)
 
 
 def stored_keys(out: Storage) -> set[str]:
@@ -102,7 +102,7 @@ def _whose(cell: Cell, row: Row) -> Row:
         "key": cell.key,
         "model": cell.model.name,
         "kind": cell.model.kind,
-        "setting": setting.label,
+        "setting": cell.label,
         "steps": setting.steps,
         "guidance": setting.guidance,
         "window": setting.window,

@@ -37,9 +37,10 @@ from reelway.pipelines.evaluation.page import verdict_of
 from reelway.pipelines.evaluation.plan import Plan, few_steps, make_plan, model_fingerprint
 from reelway.pipelines.evaluation.sets import rendering_seed
 from reelway.pipelines.evaluation.sweep import Sweep
-from reelway.pipelines.evaluation.tables import RESULT_SCHEMA
+from reelway.pipelines.evaluation.tables import RESULT_SCHEMA, GroupScores, group_of
 
 CONSOLE = Console(stderr=True, quiet=True)
+ONE = GroupScores(("prompt",), ("exposure",), np.array([[0.5]]), 1)
 SMALL = {
     "prompts": [{"source": "sprites:heldout", "count": 2}],
     "clip": {"height": 64, "width": 64},
@@ -148,6 +149,39 @@ def test_settings_of_students(models: dict[str, Path]) -> None:
     assert "1 step, window 6, sink 0" in labels
     assert "2 steps, window 9, sink 3, prompt switch" in labels
     assert "2 steps, overlapping segments" in labels
+
+
+def test_several_lengths_are_groups_of_their_own(done: tuple[Plan, Path], models: dict[str, Path]) -> None:
+    """Each is compared with the baseline's of the same length; the cells of one length are those of it alone."""
+    plan, _ = done
+    wider = make_plan(sweep_of(models, seeds=[0, 1], seconds=[0.5, 1]), "cpu")
+    labels = dict.fromkeys((cell.model.name, cell.label, cell.frames) for cell in wider.cells)
+    assert list(labels) == [
+        ("teacher", "1 step, guidance 5, 0.5 s", 9),
+        ("teacher", "1 step, guidance 5, 1 s", 17),
+        ("student", "2 steps, window 6, sink 3, 0.5 s", 9),
+        ("student", "2 steps, window 6, sink 3, 1 s", 17),
+    ]
+    assert {cell.key for cell in plan.cells} < {cell.key for cell in wider.cells}
+    order = list(dict.fromkeys(group_of(cell) for cell in wider.cells))
+    found = reports.baseline(wider, order, {group: {"pixels": ONE} for group in order})["differences"]
+    pairs = [(entry["model"], entry["setting"], entry["than"]["setting"]) for entry in found]
+    assert pairs == [
+        ("student", "2 steps, window 6, sink 3, 0.5 s", "1 step, guidance 5, 0.5 s"),
+        ("student", "2 steps, window 6, sink 3, 1 s", "1 step, guidance 5, 1 s"),
+    ]
+    shorter = make_plan(sweep_of(models, seconds=[0.5, 1], teacher={"steps": [1], "seconds": 0.5}), "cpu")
+    assert {cell.label for cell in shorter.cells if cell.model.name == "teacher"} == {"1 step, guidance 5"}
+
+
+def test_a_model_says_where_it_came_from(small_student: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "student"
+    shutil.copytree(small_student, folder)
+    origin = {"method": "distill-causvid", "recipe": "35c6485e3ae03b7e"}
+    replace(StudentSettings.read(folder), origin=origin).write(folder)
+    plan = make_plan(sweep_of({"student": folder}), "cpu", limit=1)
+    empty = pa.Table.from_pylist([], RESULT_SCHEMA)
+    assert reports._protocol(reports.Sources(plan, {}, empty, empty))["models"]["student"]["origin"] == origin
 
 
 def test_a_switch_and_overlapping_segments_run(models: dict[str, Path], tmp_path: Path) -> None:
@@ -539,7 +573,7 @@ def write_sweep(folder: Path, models: dict[str, Path], /, **changes: Any) -> Pat
     ("changes", "message"),
     [
         ({"seed": 3}, "sweep.yaml: seed: Extra inputs are not permitted, got 3"),
-        ({"seconds": 0}, "seconds: Input should be greater than 0, got 0"),
+        ({"seconds": 0}, "seconds.0: Input should be greater than 0, got 0"),
         ({"models": {}}, "models: Dictionary should have at least 1 item"),
         ({"models": {"a": "nowhere"}}, "models.a: no such folder"),
         ({"models": {"../a": "x"}}, "models.../a"),
@@ -549,7 +583,9 @@ def write_sweep(folder: Path, models: dict[str, Path], /, **changes: Any) -> Pat
         ),
         ({"prompts": ["none.txt"]}, "none.txt: no such prompts"),
         ({"prompts": ["sprites:val", "sprites:val"]}, "prompts: each set must have a name of its own, sprites:val"),
-        ({"seeds": [1, 1]}, "seeds: each seed must stand there once"),
+        ({"seeds": [1, 1]}, "seeds: each must stand there once"),
+        ({"seconds": [1, 1.0]}, "seconds: each must stand there once"),
+        ({"seconds": []}, "seconds: Tuple should have at least 1 item"),
         ({"baseline": "nobody"}, "baseline: must be one of teacher, student, got 'nobody'"),
         ({"clip": {"height": 60, "width": 64}}, "clip.height: must be a multiple of"),
         ({"student": {"window": [3], "sink": [3]}}, "student student: window"),
@@ -611,7 +647,7 @@ def test_an_interrupted_sweep_goes_on_and_makes_each_cell_once(
     stopper = threading.Thread(target=interrupt_after_first_cell, args=(out / "cells",))
     stopper.start()
     assert command(path, "--out", out) == 130
-    stopper.join()
+    stopper.join(120)
     assert "The same command goes on from there." in capsys.readouterr().err
     before = {cell.name: cell.stat().st_mtime_ns for cell in (out / "cells").iterdir()}
     assert 1 <= len(before) < 4
