@@ -28,6 +28,7 @@ from reelway.kernels.sprites.oracle import grade
 from reelway.pipelines.training import write_json
 from reelway.pipelines.video import VideoWriter
 
+from .chart import draw_streams
 from .common import FRAME_RATE, Bench, Figure, Ledger, Result, Row, Shown, plain, ratio_of_means, singles, told
 
 END = 10  # seconds at the two ends that are held against each other
@@ -76,6 +77,7 @@ def _long(bench: Bench, section: str, minutes: float, streams: int) -> Result:
     speed = ledger.row("made", partial(_make, work, ledger))
     rows = [ledger.row(f"stream-{at}", partial(_grade, bench, work, at, each)) for at, each in enumerate(shown)]
     shutil.rmtree(work.folder, ignore_errors=True)
+    draw_streams(bench.out / f"{section}.png", rows, speed["notes"])
     return _figures(minutes, rows, speed)
 
 
