@@ -34,6 +34,9 @@ def serve_here(
     model: Annotated[
         list[str] | None, typer.Option(help="A student's folder, or NAME=FOLDER; may be repeated.")
     ] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="A server's YAML file, as `serve deploy` has it, in place of all other options.")
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Of each model.")] = 1,
     threads: Annotated[int | None, typer.Option(min=1, help="Of a worker; shared out by default.")] = None,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
@@ -45,6 +48,11 @@ def serve_here(
     """Serve students on this machine until Ctrl-C."""
     if context.invoked_subcommand is not None:
         return
+    if config is not None:
+        given = [name for name in context.params if _is_given(context, name) and name != "config"]
+        if given:
+            raise ValueError(f"--config: goes without other options, got --{given[0]}")
+        _serve_until_interrupted(read_config(config))
     if not model:
         raise ValueError("--model: at least one student's folder is needed; or a command: deploy, check, key, protocol")
     settings = _model_settings(workers, threads, device, len(model))
@@ -210,6 +218,12 @@ def _model_settings(workers: int, threads: int | None, device: str, models: int)
         "cpus": cpus,
         "gpus": gpus,
     }
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    """Whether an option was written on the command line."""
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
 
 
 def _named(text: str) -> tuple[str, str]:

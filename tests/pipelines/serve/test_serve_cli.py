@@ -117,9 +117,14 @@ def test_a_serve_config_says_the_same(tmp_path: Path) -> None:
 def test_mistakes_of_the_command_line(tmp_path: Path, small_teacher: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     config = write(tmp_path, models={"one": {"path": "x"}})
+    (teacher := tmp_path / "teacher").mkdir()
     for arguments, words in (
         ([], "--model: at least one"),
         (["--model", "/nowhere"], "no such folder"),
+        (["--config", str(tmp_path / "none.yaml")], "no such file"),
+        (["--config", str(config)], "model one: x: no such folder"),
+        (["--config", str(config), "--port", "9000"], "--config: goes without other options, got --port"),
+        (["deploy", str(write(teacher, models={"one": {"path": str(small_teacher)}}))], "no student.json"),
         (["--model", str(small_teacher)], "no student.json"),
         (["--model", "x", "--host", "0.0.0.0"], "without API keys"),
         (["deploy", str(config)], "--address"),
