@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from ..kernels.causal.many_step import ManyStepGenerator
 from ..kernels.causal.student import StudentSettings
@@ -63,6 +64,29 @@ class CausalTeacher:
             with self._precision(), torch.no_grad():
                 pixels, state = self.vae.decode(generator.next_block(), state)
             yield to_video(pixels)[0].cpu().numpy()
+
+    def paths(
+        self,
+        prompts: Sequence[str],
+        keys: Sequence[SampleKey],
+        shape: tuple[int, int, int],
+        grid: Sequence[float],
+        record: Sequence[float],
+        guidance: float,
+    ) -> Tensor:
+        """ODE states at the timesteps `record` of clips made block by block, each block on the clean ends before it.
+
+        So a block's path is a function of its noise and of the past, as a causal student's is (Causal Forcing, arXiv
+        2602.02214); a bidirectional teacher's is not. keys: one per prompt. shape: latent frames, height, width.
+        Returns [K, B, F, C, H, W], float32, noise to clean.
+        """
+        frames, *size = shape
+        with self._precision(), torch.no_grad():
+            text = self.encoder(prompts)
+            generator = ManyStepGenerator(
+                self.transformer, self.settings, text, self._negative, keys, (size[0], size[1]), grid, guidance
+            )
+            return torch.cat([generator.next_path(record) for _ in self.settings.blocks(frames)], dim=2)
 
     def _precision(self) -> torch.autocast:
         return fast_autocast(self.device, enabled=self._autocast)

@@ -21,6 +21,7 @@ from ..cluster.dataset import TAR_BLOCK, Quarantined, Sample, TensorSpec, encode
 from ..cluster.manifest import ShardPlan
 from ..cluster.shards import write_shard
 from ..cluster.storage import Storage
+from ..kernels.causal.student import StudentSettings
 from ..kernels.diffusion.noise import SampleKey, draw_noise
 from ..kernels.diffusion.sampler import euler_trajectory
 from ..kernels.diffusion.schedule import MAX_TIMESTEP, uniform_timesteps
@@ -30,6 +31,8 @@ from .model_files import velocity_digest
 
 if TYPE_CHECKING:
     from ..kernels.wan.vae import StreamingVAE
+    from .causal_teacher import CausalTeacher
+    from .teacher import Teacher
 
 SAMPLE_FORMAT: Final = 1  # raised when the fields of a sample, or what they mean, change
 TRAJECTORY, PROMPT, META, TEXT = "trajectory.safetensors", "prompt.txt", "meta.json", "text.safetensors"
@@ -46,7 +49,8 @@ class TrajectorySettings:
     grid: the Euler steps' timesteps. record: those of the states that are kept, the last one 0. shape: [F, C, H, W] of
     the latents. guidance: standard w. dtype: of what is stored. text_dim: width of the text embeddings that are
     stored; None stores none. threads: of torch. device_kind, torch_version, teacher: what a worker must find
-    (`device_kind`, torch's version, `velocity_digest`).
+    (`device_kind`, torch's version, `velocity_digest`). causal: of a causal teacher of many steps, whose paths are made
+    block by block; None for a bidirectional one.
     """
 
     seed: int
@@ -64,6 +68,7 @@ class TrajectorySettings:
     device_kind: str
     torch_version: str
     teacher: str
+    causal: StudentSettings | None = None
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -133,6 +138,7 @@ class TrajectoryWorker:
             negative_prompt=settings.negative_prompt,
             autocast=settings.autocast,
         )
+        self._causal = _causal(self.teacher, settings) if settings.causal else None
         self.settings = settings
         self._out = out
 
@@ -152,12 +158,20 @@ class TrajectoryWorker:
     def make(self, items: Sequence[Item]) -> list[Sample | Quarantined]:
         """One batch of samples. One with values that are not finite is quarantined; the others do not suffer."""
         settings, prompts = self.settings, [item["prompt"] for item in items]
-        velocity = self.teacher.velocity(prompts, settings.guidance)
-        noise = settings.noise(items).to(self.teacher.device)
-        states = euler_trajectory(velocity, noise, settings.grid, settings.record)
+        states = self._states(items, settings.grid, settings.record)
         paths = states.transpose(0, 1).to(settings.storage_dtype).cpu()
         texts = self.embed(prompts) if settings.text_dim is not None else [None] * len(items)
         return [self._sample(*parts) for parts in zip(items, paths, texts, strict=True)]
+
+    def _states(self, items: Sequence[Item], grid: Sequence[float], record: Sequence[float]) -> Tensor:
+        """The batch's paths [K, B, F, C, H, W]: of whole clips, or of a causal teacher block by block."""
+        settings, prompts = self.settings, [item["prompt"] for item in items]
+        if self._causal is not None:
+            frames, _, height, width = settings.shape
+            keys = [settings.key(item) for item in items]
+            return self._causal.paths(prompts, keys, (frames, height, width), grid, record, settings.guidance)
+        noise = settings.noise(items).to(self.teacher.device)
+        return euler_trajectory(self.teacher.velocity(prompts, settings.guidance), noise, grid, record)
 
     def embed(self, prompts: Sequence[str]) -> list[Tensor]:
         """Each prompt's own rows of text embeddings, [n, D], without padding, in the stored dtype."""
@@ -178,6 +192,8 @@ class TrajectoryWorker:
 
     def seconds_per_batch(self, items: Sequence[Item], steps: int = 3) -> float:
         """An estimate of the time of one batch: its text, then all steps at the pace of the fastest of a few."""
+        if self._causal is not None:
+            return self._causal_seconds(items)
         began = time.perf_counter()
         velocity = self.teacher.velocity([item["prompt"] for item in items], self.settings.guidance)
         text = time.perf_counter() - began
@@ -192,6 +208,15 @@ class TrajectoryWorker:
             paces.append(time.perf_counter() - began)
         return text + (len(self.settings.grid) - 1) * min(paces[1:])
 
+    def _causal_seconds(self, items: Sequence[Item]) -> float:
+        """`seconds_per_batch` where blocks come one after the other: by clips of two steps and a clean pass a block."""
+        short, paces = (self.settings.grid[0], self.settings.grid[0] / 2, 0.0), []
+        for _ in range(2):  # the first warms up
+            began = time.perf_counter()
+            self._states(items, short, short[-1:]).cpu()
+            paces.append((time.perf_counter() - began) / len(short))
+        return len(self.settings.grid) * paces[-1]
+
     def _sample(self, item: Item, path: Tensor, text: Tensor | None) -> Sample | Quarantined:
         fault = _not_finite(path, self.settings)
         if fault is None and text is not None and not bool(torch.isfinite(text).all()):
@@ -200,6 +225,14 @@ class TrajectoryWorker:
             return Quarantined(fault)
         sample = {TRAJECTORY: {"latents": path}, PROMPT: item["prompt"], META: self.settings.meta(item)}
         return sample if text is None else sample | {TEXT: {"rows": text}}
+
+
+def _causal(teacher: "Teacher", settings: TrajectorySettings) -> "CausalTeacher":
+    from .causal_teacher import CausalTeacher
+
+    assert settings.causal is not None
+    prompt = settings.negative_prompt
+    return CausalTeacher(teacher, settings.causal, negative_prompt=prompt, autocast=settings.autocast)
 
 
 def batches(shard: ShardPlan, batch: int) -> Iterator[list[dict[str, Any]]]:

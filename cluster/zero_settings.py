@@ -116,14 +116,13 @@ class Division:
         """
         part = -(-parameters // self.share(1))
         has_masters = self.stage in (1, 2) or self.precision == "bf16"
-        held = {
+        return {
             "weights": self.weight_bytes * -(-parameters // self.share(3)),
             "gradients": FULL * -(-parameters // self.share(2)),
             "masters": FULL * part if has_masters else 0,
             "moments": MOMENTS * FULL * part,
             "average": FULL * part if averages else 0,
         }
-        return {name: size for name, size in held.items() if size}
 
     def on_host(self, kind: str) -> bool:
         """Whether what `trained` calls by this name lies in host memory."""

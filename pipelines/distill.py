@@ -36,8 +36,8 @@ from .commands import (
     WorkersOption,
     carry_out,
 )
-from .memory import TrainedClips, TrainedNetwork, TrainingMemory, held_parts
-from .recipe import TINY, DistillRecipe, Recipe, TrainingOptimizerRecipe, load_recipe
+from .memory import TrainedClips, TrainedNetwork, TrainingMemory, held_parts, text_dtype
+from .recipe import TINY, DistillRecipe, Recipe, TrainingOptimizerRecipe, ZeroRecipe, load_recipe
 from .samples import SPRITES, Batches, Deal, PromptBatches, ShardBatches, TrainingData, training_prompts
 from .students import (
     Load,
@@ -96,6 +96,10 @@ class DistillJob:
     run: str
     engine: str = "plain"
     critic: str | None = None
+
+    def zero(self, recipe: Recipe) -> ZeroRecipe | None:
+        """The recipe's ZeRO, where the engine is that."""
+        return recipe.zero if self.engine == "zero" else None
 
     def settings(self) -> tuple[Recipe, DistillRecipe]:
         """The recipe and its section of the method."""
@@ -192,7 +196,7 @@ def train(
     record = RunRecord(stage.folder / RUN, ranks)
     if record.is_finished(stage):
         return record.gate_passed()
-    teachers = Parts.load(Path(job.teacher))
+    teachers = Parts.load(Path(job.teacher), text_dtype(job.zero(recipe)))
     own = teachers.of_student(Path(job.student))
     engines = _engines(job, section, engine_factory, load)
     device = engines[0].device
@@ -241,7 +245,7 @@ def train(
 
 def memory(job: DistillJob) -> TrainingMemory:
     """What a device holds."""
-    _, section = job.settings()
+    recipe, section = job.settings()
     settings = job.student_settings()
     student, critic, teacher = (
         transformer_config(Path(folder)) for folder in (job.student, job.critic or job.teacher, job.teacher)
@@ -261,7 +265,7 @@ def memory(job: DistillJob) -> TrainingMemory:
     ]
     has_two = has_own_encoder(Path(job.student), Path(job.teacher))
     texts = [Path(job.student), Path(job.teacher)] if has_two else [Path(job.teacher)]
-    return TrainingMemory(networks, clips, held_parts(Path(job.teacher), texts))
+    return TrainingMemory(networks, clips, held_parts(Path(job.teacher), texts, text_dtype(job.zero(recipe))))
 
 
 def gate(folder: Path) -> list[Check]:

@@ -27,8 +27,8 @@ from .commands import (
     WorkersOption,
     carry_out,
 )
-from .memory import TrainedClips, TrainedNetwork, TrainingMemory, held_parts
-from .recipe import TINY, CausalTeacherRecipe, InitializeRecipe, Recipe, load_recipe
+from .memory import TrainedClips, TrainedNetwork, TrainingMemory, held_parts, text_dtype
+from .recipe import TINY, CausalTeacherRecipe, InitializeRecipe, Recipe, ZeroRecipe, load_recipe
 from .samples import Batches, Deal, ShardBatches, TrainingData
 from .students import (
     Load,
@@ -81,6 +81,10 @@ class InitializeJob:
     run: str
     engine: str = "plain"
 
+    def zero(self, recipe: Recipe) -> ZeroRecipe | None:
+        """The recipe's ZeRO, where the engine is that."""
+        return recipe.zero if self.engine == "zero" else None
+
     def settings(self) -> tuple[Recipe, InitializeRecipe | CausalTeacherRecipe, StudentSettings]:
         """The recipe, the section of the method, and the student."""
         recipe = Recipe.model_validate(self.recipe)
@@ -131,7 +135,7 @@ def train(
     record = RunRecord(stage.folder / RUN, ranks)
     if record.is_finished(stage):
         return record.gate_passed()
-    parts = Parts.load(Path(job.teacher)).of_student(Path(job.start))
+    parts = Parts.load(Path(job.teacher), text_dtype(job.zero(recipe))).of_student(Path(job.start))
     network = load(Path(job.start))
     network.gradient_checkpointing = section.activation_checkpointing
     engine = engine_factory(network, optimizer_settings(section.optimizer, section.steps))
@@ -168,16 +172,19 @@ def train(
 
 def memory(job: InitializeJob) -> TrainingMemory:
     """What a device holds."""
-    _, section, student = job.settings()
+    recipe, section, student = job.settings()
     data = TrainingData.open(job.data, student, clean_only=job.method != Method.ode)
     config = transformer_config(Path(job.start))
     averages = section.optimizer.ema_decay > 0
     frames, _, height, width = data.shape
-    passes = 2 * frames if job.method == Method.causal_teacher and section.context == "clean" else frames
+    is_ode, tuned = job.method == Method.ode, recipe.causal_teacher
+    twice = recipe.initialize.teacher_forcing if is_ode else tuned.context == "clean"
     tokens = config.tokens_per_frame(height, width)
-    clips = TrainedClips(section.micro_batch or section.batch, passes, tokens, section.activation_checkpointing)
+    clips = TrainedClips(
+        section.micro_batch or section.batch, (1 + twice) * frames, tokens, section.activation_checkpointing
+    )
     text = job.start if has_own_encoder(Path(job.start), Path(job.teacher)) else job.teacher
-    others = held_parts(Path(job.teacher), [Path(text)])
+    others = held_parts(Path(job.teacher), [Path(text)], text_dtype(job.zero(recipe)))
     return TrainingMemory([TrainedNetwork("student", config, averages=averages)], clips, others)
 
 
@@ -187,7 +194,8 @@ def _learner(
     _, section, student = job.settings()
     settings = LearnerSettings(section.seed, section.micro_batch)
     if job.method == Method.ode:
-        return OdeLearner(engine, contexts, student, settings, ranks)
+        forcing = recipe.initialize.teacher_forcing
+        return OdeLearner(engine, contexts, student, settings, ranks, teacher_forcing=forcing)
     tuned = recipe.causal_teacher
     return CausalTeacherLearner(
         engine,

@@ -66,7 +66,7 @@ class TrainedClips:
         block = tokens * (config.dim * wide + HIDDEN * config.ffn_dim * computed.itemsize)
         if not self.checkpointing:
             return config.num_layers * block
-        return config.num_layers * tokens * config.dim * torch.float32.itemsize + block
+        return config.num_layers * tokens * config.dim * computed.itemsize + block
 
     def cache(self, config: TransformerConfig, dtype: torch.dtype = torch.bfloat16) -> int:
         """Bytes of the KV cache."""
@@ -90,14 +90,10 @@ class TrainingMemory:
             for kind, size in network.held(division, computed).items()
             if not (network.trained and division.on_host(kind))
         }
-        if casts := self._casts(division):
-            lines["weights cast to bfloat16"] = casts
-        working = max(division.working(network.sizes) for network in self._trained)
-        if working:
-            lines["DeepSpeed's buffers, at most"] = working
+        lines["weights cast to bfloat16"] = self._casts(division)
+        lines["DeepSpeed's buffers, at most"] = max(division.working(network.sizes) for network in self._trained)
         lines["activations (estimate)"] = self._activations(self.clips, computed)
-        if self.clips.cached_frames:
-            lines["KV cache"] = self.clips.cache(self.networks[0].config)
+        lines["KV cache"] = self.clips.cache(self.networks[0].config)
         return lines | dict(self.others)
 
     def host(self, division: Division) -> dict[str, int]:
@@ -150,12 +146,17 @@ def _place(offloaded: bool) -> Place:
     return "cpu" if offloaded else "none"
 
 
-def held_parts(vae: Path, texts: Sequence[Path]) -> dict[str, int]:
-    """The other networks of model folders, float32 and whole on every device: a VAE, and text encoders."""
+def text_dtype(zero: ZeroRecipe | None) -> torch.dtype:
+    """Of a text encoder beside what is trained: bfloat16 where the trained weights are."""
+    return torch.bfloat16 if zero and zero.precision == "bf16" else torch.float32
+
+
+def held_parts(vae: Path, texts: Sequence[Path], text: torch.dtype) -> dict[str, int]:
+    """The other networks of model folders, whole on every device: a VAE in float32, and text encoders."""
     found = {"VAE": FULL * parameters(vae / "vae")}
     for folder in texts:
         name = "text encoder" if len(texts) == 1 else f"text encoder of {folder.name}"
-        found[name] = FULL * parameters(folder / "text_encoder")
+        found[name] = text.itemsize * parameters(folder / "text_encoder")
     return found
 
 
@@ -166,8 +167,9 @@ def memory_lines(memory: TrainingMemory, division: Division) -> list[str]:
     """
     divisions = {"GiB": division} if division.stage is None else dict(_all_stages(division))
     told = {head: memory.device(one) for head, one in divisions.items()}
-    names = list(dict.fromkeys(name for lines in told.values() for name in lines))
-    rows = [(name, [lines.get(name) for lines in told.values()]) for name in names]
+    names = max(told.values(), key=len)
+    rows = [(name, [lines.get(name, 0) for lines in told.values()]) for name in names]
+    rows = [row for row in rows if any(row[1])]
     rows.append(("in all on a device", [sum(lines.values()) for lines in told.values()]))
     if any(memory.host(one) for one in divisions.values()):
         rows.append(("in host memory, of each", [sum(memory.host(one).values()) for one in divisions.values()]))
@@ -187,11 +189,11 @@ def _all_stages(division: Division) -> list[tuple[str, Division]]:
     return found
 
 
-def _table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[int | None]]]) -> list[str]:
+def _table(heads: Sequence[str], rows: Sequence[tuple[str, Sequence[int]]]) -> list[str]:
     width = max(len(name) for name, _ in rows)
     lines = [" " * width + "".join(f"  {head:>10}" for head in heads)] if len(heads) > 1 else []
     unit = "" if len(heads) > 1 else " GiB"
     for name, sizes in rows:
-        cells = (f"{size / GIB:10.3f}" if size is not None else f"{'-':>10}" for size in sizes)
+        cells = (f"{size / GIB:10.3f}" if size else f"{'-':>10}" for size in sizes)
         lines.append(f"{name:<{width}}" + "".join(f"  {cell}" for cell in cells) + unit)
     return lines

@@ -249,10 +249,14 @@ class FineTuneRecipe(Strict):
 
 
 class InitializeRecipe(TrainingRecipe):
-    """ODE initialisation (CausVid, arXiv 2412.07772, section 4.3): 3,000 steps of 128 at 2e-6 there."""
+    """ODE initialisation (CausVid, arXiv 2412.07772, section 4.3): 3,000 steps of 128 at 2e-6 there.
+
+    teacher_forcing: a block sees the clean ends of the blocks before it; for trajectories of a causal teacher.
+    """
 
     steps: Positive = 3000
     batch: Positive = 128
+    teacher_forcing: bool = False
     optimizer: TrainingOptimizerRecipe = TrainingOptimizerRecipe()
 
 

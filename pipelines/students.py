@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..actors.engine import Engine, Ranks
+from ..actors.engine import Engine, Ranks, computed_dtype
 from ..actors.model_files import check_model, digest
 from ..actors.pretraining import to_video
 from ..actors.teacher import read_shift
@@ -41,7 +41,7 @@ Load = Callable[[Path], VideoTransformer]  # a model folder's transformer, with 
 
 @dataclass(frozen=True)
 class Parts:
-    """What a stage takes from model folders besides weights of the transformer; frozen, in float32.
+    """What a stage takes from model folders besides weights of the transformer; frozen, the VAE in float32.
 
     shift: of the sampling grid. copied: the folders of the parts that a student's model gets copies of, by name.
     """
@@ -52,12 +52,12 @@ class Parts:
     copied: Mapping[str, Path]
 
     @classmethod
-    def load(cls, folder: Path) -> "Parts":
-        """FileNotFoundError or ValueError names what is missing."""
+    def load(cls, folder: Path, text: torch.dtype = torch.float32) -> "Parts":
+        """text: of the text encoder's weights. FileNotFoundError or ValueError names what is missing."""
         check_model(folder)
         vae = StreamingVAE.from_pretrained(folder / "vae").requires_grad_(False).eval()
         shift = read_shift(folder / "scheduler" / "scheduler_config.json")
-        return cls(_encoder(folder), vae, shift, {name: folder / name for name in COPIED})
+        return cls(_encoder(folder, text), vae, shift, {name: folder / name for name in COPIED})
 
     def of_student(self, model: Path) -> "Parts":
         """The same for a student's model: with its own text encoder, if it has another one than the teacher.
@@ -69,7 +69,8 @@ class Parts:
         if not has_own_encoder(model, self.copied["text_encoder"].parent):
             return self
         copied = {**self.copied, **{name: model / name for name in TEXT}}
-        return replace(self, encoder=_encoder(model), copied=copied)
+        dtype = next(self.encoder.parameters()).dtype
+        return replace(self, encoder=_encoder(model, dtype), copied=copied)
 
     def to(self, device: torch.device) -> "Parts":
         """Text encoder and VAE moved to a device."""
@@ -89,8 +90,8 @@ def _differs(model: Path, folders: Mapping[str, Path], names: Sequence[str]) -> 
     return any(of(model / name) != of(folders[name]) for name in names)
 
 
-def _encoder(folder: Path) -> TextEncoder:
-    return TextEncoder.from_pretrained(folder, dtype=torch.float32).requires_grad_(False).eval()
+def _encoder(folder: Path, dtype: torch.dtype) -> TextEncoder:
+    return TextEncoder.from_pretrained(folder, dtype=dtype).requires_grad_(False).eval()
 
 
 def load_network(
@@ -184,7 +185,7 @@ class StudentSheets:
         """Clips of the student with these weights: latents [B, F, C, H, W]."""
         network = empty_network(self._config)
         network.load_state_dict(weights, assign=True)
-        network.to(self._engine.device).eval()
+        network.to_precision(computed_dtype(self._engine)).to(self._engine.device).eval()
         return torch.cat([self._roll_out_some(network, texts) for texts in batched(self._prompts.texts, self._at_once)])
 
     def _roll_out_some(self, network: VideoTransformer, texts: Sequence[str]) -> Tensor:

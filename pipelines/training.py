@@ -24,6 +24,7 @@ from .trackers import open_trackers
 RUN, RECIPE, MARK = "run.json", "recipe.json", "complete.json"
 # Fields of a recipe that say how a stage is run and not what it makes: they may change when it goes on.
 HOW = ("micro_batch", "checkpoint_every", "keep", "sheet_every", "activation_checkpointing", "diverged")
+LATER = {"teacher_forcing": False}  # fields that recipes did not always have, and what runs without them are
 MEMORY, ENOUGH = 50, 20  # losses of which the median is taken, and how many it takes to say anything
 
 EngineFactory = Callable[[Any, OptimizerSettings], Engine]  # a network (nn.Module) and how it is trained
@@ -78,7 +79,8 @@ class Stage:
     identity: dict[str, Any] = field(default_factory=dict)
 
     def full_identity(self) -> dict[str, Any]:
-        recipe = self.recipe.model_dump(mode="json", exclude=set(HOW))
+        fields = self.recipe.model_dump(mode="json", exclude=set(HOW))
+        recipe = {name: value for name, value in fields.items() if name not in LATER or value != LATER[name]}
         return {"stage": self.name, "recipe": recipe, **self.identity}
 
     @property

@@ -1,7 +1,7 @@
 """What `reelway trajectories` has to make: from a recipe, a teacher and prompts to planned shards."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Final
@@ -22,6 +22,7 @@ from ..actors.trajectories import SAMPLE_FORMAT, TrajectorySettings, TrajectoryW
 from ..cluster.dataset import DatasetInfo
 from ..cluster.manifest import ShardPlan, pending, plan
 from ..cluster.storage import Storage
+from ..kernels.causal.student import StudentSettings
 from ..kernels.diffusion.sampler import recording_grid
 from .making import check_same
 from .prompts import identity, packed
@@ -135,7 +136,22 @@ def _settings(order: Order, kind: str) -> TrajectorySettings:
         device_kind=kind,
         torch_version=torch.__version__,
         teacher=velocity_digest(order.teacher),
+        causal=_causal(order),
     )
+
+
+def _causal(order: Order) -> StudentSettings | None:
+    """Of a causal teacher, as its folder says. ValueError for a student, or for one with other blocks than its own."""
+    if not (order.teacher / "student.json").is_file():
+        return None
+    found, student = StudentSettings.read(order.teacher), order.recipe.student.settings()
+    if found.sampling != "many-step":
+        raise ValueError(f"{order.teacher}: a student of few steps has no ODE path; a teacher takes many")
+    for name in ("block", "first_block"):
+        have, want = getattr(found, name), getattr(student, name)
+        if have != want:
+            raise ValueError(f"{order.teacher}: student.json: {name} is {have}, the recipe's student has {want}")
+    return replace(found, origin={})
 
 
 def _made_by(order: Order, settings: TrajectorySettings) -> dict[str, Any]:
@@ -153,7 +169,13 @@ def _made_by(order: Order, settings: TrajectorySettings) -> dict[str, Any]:
         "device": settings.device_kind,
         "threads": settings.threads,
         "torch": settings.torch_version,
+        **({"causal": _attention(settings.causal)} if settings.causal else {}),
     }
+
+
+def _attention(causal: StudentSettings) -> dict[str, Any]:
+    """What of a causal teacher decides its paths besides its weights."""
+    return {name: getattr(causal, name) for name in ("block", "first_block", "window", "sink")}
 
 
 def _items(prompts: Sequence[str] | pyarrow.Array, samples: int) -> pyarrow.Table:

@@ -50,6 +50,10 @@ class OdeLearner:
     One parallel block-causal pass per micro-batch; each block starts from a state of its own draw, the clean one
     included, which is context for later blocks and not supervised. The mean is over the supervised frames of the
     whole batch, on whatever process they are.
+
+    teacher_forcing: a pass over [clean | noisy] instead, in which a block sees the clean ends of the blocks before it,
+    as the paths of a causal teacher do (Causal Forcing, arXiv 2602.02214); every block is noisy then, and the mask has
+    no window.
     """
 
     def __init__(
@@ -59,9 +63,12 @@ class OdeLearner:
         student: StudentSettings,
         settings: LearnerSettings | None = None,
         ranks: Ranks | None = None,
+        *,
+        teacher_forcing: bool = False,
     ) -> None:
         self.engine = engine
         self._contexts = contexts
+        self._teacher_forcing = teacher_forcing
         self._levels = [*student.timesteps, 0.0]
         self._student = student
         self._settings = settings or LearnerSettings()
@@ -81,7 +88,7 @@ class OdeLearner:
         for part in batch.micro_batches(self._settings.micro_batch):
             trajectory = as_latents(part.latents, self.engine.device)
             indices = self._indices(part, part.positions, len(sizes))
-            velocity = _masked(self.engine, self._contexts(part.prompts), student_mask(self._student, sum(sizes)))
+            velocity = self._velocity(trajectory[:, -1], self._contexts(part.prompts))
             result = ode_regression_loss(velocity, trajectory, self._levels, indices, sizes)
             scaled = result.loss * (int((result.timesteps > 0).sum()) * share)
             self.engine.backward(scaled)
@@ -96,10 +103,14 @@ class OdeLearner:
         """The self-test on one sample, with every block at its own level. CausalityError where it fails."""
         trajectory = as_latents(batch[:1].latents, self.engine.device)
         sizes = self._student.blocks(trajectory.shape[2])
-        velocity = _masked(self.engine, self._contexts(batch.prompts[:1]), student_mask(self._student, sum(sizes)))
+        text = self._contexts(batch.prompts[:1])
         levels = torch.tensor([self._levels[block % len(self._levels)] for block in range(len(sizes))])
         timesteps = levels.repeat_interleave(torch.tensor(sizes))[None].to(trajectory.device)
-        check_causality(velocity, trajectory[:, 0], timesteps, sizes)
+
+        def forward(latents: Tensor, levels: Tensor) -> Tensor:
+            return self._velocity(latents, text)(latents, levels)
+
+        check_causality(forward, trajectory[:, 0], timesteps, sizes)
 
     def save(self, folder: Path) -> None:
         self.engine.save(folder / "student")
@@ -107,11 +118,16 @@ class OdeLearner:
     def load(self, folder: Path) -> None:
         self.engine.load(folder / "student")
 
+    def _velocity(self, clean: Tensor, text: TextContext) -> Callable[[Tensor, Tensor], Tensor]:
+        if self._teacher_forcing:
+            return _forced(self.engine, text, clean, self._student)
+        return _masked(self.engine, text, student_mask(self._student, clean.shape[1]))
+
     def _indices(self, batch: Batch, positions: range, blocks: int) -> Tensor:
         """The state that each block of each sample starts from: [B, blocks]."""
-        draws = Draws(self._settings.seed, batch.step)
+        draws, states = Draws(self._settings.seed, batch.step), len(self._levels) - self._teacher_forcing
         generators = [draws.generator(position, "states") for position in positions]
-        return torch.cat([draw_block_indices(1, blocks, len(self._levels), one) for one in generators])
+        return torch.cat([draw_block_indices(1, blocks, states, one) for one in generators])
 
     def _supervised_frames(self, batch: Batch, sizes: list[int]) -> int:
         """Of the whole batch: every process knows all draws."""
@@ -189,17 +205,9 @@ class CausalTeacherLearner:
         self.engine.load(folder / "student")
 
     def _velocity(self, clean: Tensor, text: TextContext) -> Callable[[Tensor, Tensor], Tensor]:
-        frames = clean.shape[1]
-        if self._context == "noisy":
-            return _masked(self.engine, text, student_mask(self._student, frames))
-        mask = _teacher_forcing(frames, self._student.block, self._student.first_block)
-        both = _masked(self.engine, text, mask)
-
-        def velocity(noisy: Tensor, timesteps: Tensor) -> Tensor:
-            levels = torch.cat((torch.zeros_like(timesteps), timesteps), dim=1)
-            return both(torch.cat((clean, noisy), dim=1), levels)[:, frames:]
-
-        return velocity
+        if self._context == "clean":
+            return _forced(self.engine, text, clean, self._student)
+        return _masked(self.engine, text, student_mask(self._student, clean.shape[1]))
 
     def _timesteps(self, draws: Draws, batch: Batch, frames: int) -> Tensor:
         """One level for each block of each sample: [B, F]."""
@@ -223,6 +231,20 @@ def _masked(engine: Engine, text: TextContext, mask: FrameMask) -> Callable[[Ten
         with engine.autocast():
             predicted: Tensor = engine.network(latents, timesteps, text, mask)
         return predicted
+
+    return velocity
+
+
+def _forced(
+    engine: Engine, text: TextContext, clean: Tensor, student: StudentSettings
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """Teacher forcing: the velocity of noisy latents whose blocks see the clean blocks before them."""
+    frames = clean.shape[1]
+    both = _masked(engine, text, _teacher_forcing(frames, student.block, student.first_block))
+
+    def velocity(noisy: Tensor, timesteps: Tensor) -> Tensor:
+        levels = torch.cat((torch.zeros_like(timesteps), timesteps), dim=1)
+        return both(torch.cat((clean.to(noisy), noisy), dim=1), levels)[:, frames:]
 
     return velocity
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..diffusion.guidance import guided
 from ..diffusion.noise import SampleKey, draw_noise
-from ..diffusion.sampler import euler_sample
+from ..diffusion.sampler import euler_trajectory
 from ..diffusion.schedule import uniform_timesteps
 from ..wan.context import TextContext
 from ..wan.transformer import VideoTransformer
@@ -56,9 +56,16 @@ class ManyStepGenerator:
         with torch.no_grad():
             self._text = model.text_keys(TextContext.concatenate(both))
 
-    @torch.no_grad()
     def next_block(self) -> Tensor:
         """The next block of clean latents [B, f, C, H, W], float32; its clean keys and values are kept."""
+        return self.next_path((CLEAN,))[-1]
+
+    @torch.no_grad()
+    def next_path(self, record: Sequence[float]) -> Tensor:
+        """The next block's states at the timesteps `record`, which fall to 0: [K, B, f, C, H, W], float32.
+
+        A path of a block's own noise and of the clean blocks before it alone. ValueError as `euler_trajectory`.
+        """
         first = self._cache.next_position
         frames = self._settings.size_of(first)
         block = self._cache.open(frames)
@@ -71,10 +78,11 @@ class ManyStepGenerator:
             return guided((conditional, unconditional), self._guidance)
 
         noise = draw_noise(self._keys, range(first, first + frames), self._frame)
-        clean = euler_sample(velocity, noise.to(self._cache.keys.device), self._grid)
+        states = euler_trajectory(velocity, noise.to(self._cache.keys.device), self._grid, record)
+        clean = states[-1]
         self._pass(clean, uniform_timesteps(clean, CLEAN), block)
         block.commit()
-        return clean
+        return states
 
     def _pass(self, latents: Tensor, timesteps: Tensor, block: OpenBlock) -> Tensor:
         """The velocity of each copy: [copies·B, f, C, H, W]."""

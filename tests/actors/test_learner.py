@@ -144,6 +144,28 @@ def test_ode_loss_is_the_mean_error_of_x0_over_noisy_frames() -> None:
     assert by_level / len(noisy) == pytest.approx(float(expected), rel=1e-5)
 
 
+def test_ode_loss_under_teacher_forcing_is_that_of_each_block_behind_clean_ones() -> None:
+    """Every block noisy, each in a pass of its own behind the clean ends of the blocks before it."""
+    engine = Recorder(network())
+    data = batch(*TRAJECTORY)
+    learner = OdeLearner(engine, contexts(), STUDENT, LearnerSettings(seed=5), teacher_forcing=True)
+    levels, errors = [1000.0, 750.0, 400.0], []
+    for row in range(4):
+        generator = Draws(5, data.step).generator(row, "states")
+        states = torch.randint(3, (1, 3), generator=generator)[0].tolist()
+        path, text = data.latents[row], encode([data.prompts[row]])
+        noisy = torch.stack([path[states[frame // 2], frame] for frame in range(FRAMES)])[None]
+        times = torch.tensor([levels[states[frame // 2]] for frame in range(FRAMES)])[None]
+        with torch.no_grad():
+            velocity = torch.cat(
+                [_teacher_forced(engine.network, path[None, -1], noisy, times, text, block) for block in range(3)], 1
+            )
+        clean = noisy - (times / 1000)[..., None, None, None] * velocity
+        errors.append((clean - path[None, -1]).square().mean())
+    metrics = learner.step(data)
+    assert metrics["loss"] == pytest.approx(float(torch.stack(errors).mean()), rel=1e-4)
+
+
 def test_ode_regression_learns_two_samples() -> None:
     engine = Recorder(network(), replace(SETTINGS, learning_rate=3e-3))
     learner = OdeLearner(engine, contexts(), STUDENT)
@@ -269,8 +291,9 @@ def test_a_causal_teachers_score_of_a_block_does_not_see_later_ones(is_causal: b
 
 def make(method: str, micro_batch: int | None = None, ranks: Ranks | None = None) -> Any:
     settings = LearnerSettings(3, micro_batch)
-    if method == "ode":
-        return OdeLearner(Recorder(network().double()), contexts(), STUDENT, settings, ranks)
+    if method in ("ode", "ode-forced"):
+        engine, forced = Recorder(network().double()), method == "ode-forced"
+        return OdeLearner(engine, contexts(), STUDENT, settings, ranks, teacher_forcing=forced)
     if method in ("noisy", "clean"):
         engine = Recorder(network().double())
         return CausalTeacherLearner(engine, contexts(), STUDENT, method, shift=2.0, settings=settings, ranks=ranks)
@@ -278,7 +301,7 @@ def make(method: str, micro_batch: int | None = None, ranks: Ranks | None = None
 
 
 def data_of(method: str, count: int = 4, first: int = 0) -> Batch:
-    shape = {"ode": TRAJECTORY, "self-forcing": ()}.get(method, CLIP)
+    shape = {"ode": TRAJECTORY, "ode-forced": TRAJECTORY, "self-forcing": ()}.get(method, CLIP)
     return batch(*shape, count=count, first=first, dtype=torch.float64)
 
 
@@ -287,7 +310,7 @@ def gradients(learner: Any) -> list[Tensor]:
     return [gradient for engine in engines for gradient in engine.gradients]
 
 
-METHODS = ["ode", "noisy", "clean", "causvid", "self-forcing"]
+METHODS = ["ode", "ode-forced", "noisy", "clean", "causvid", "self-forcing"]
 
 
 def assert_same(found: list[Tensor], expected: list[Tensor], tolerance: float) -> None:
@@ -377,6 +400,28 @@ def test_the_student_goes_where_the_teacher_is() -> None:
     assert path[-1] == pytest.approx(1.0, abs=0.15)
     assert student.updates == 129
     assert float(critic.network.value.detach()) == pytest.approx(1.0, abs=0.25)
+
+
+def test_the_critics_loss_is_told_by_timestep() -> None:
+    """Each clip's error stands in the bin of its own timestep."""
+    learner = dmd("causvid")
+    data = data_of("causvid")
+    draws, count = Draws(0, data.step), range(4)
+    clip = learner.source.make(data, with_gradient=False)
+    levels = learner._timesteps(draws, count, "critic timestep")
+    noise = draws.noise_like(clip.latents, count, "critic score")
+    sigma = (levels / 1000)[:, None, None, None, None]
+    noisy, times = (1 - sigma) * clip.latents + sigma * noise, levels[:, None].expand(4, FRAMES)
+    with torch.no_grad():
+        velocity = learner.critic.network(noisy, times, encode(data.prompts))
+    errors = (velocity - (noise - clip.latents)).square().flatten(1).mean(1)
+    metrics = learner.step(data)
+    told = {name: value for name, value in metrics.items() if name.startswith("critic_loss_")}
+    assert len(told) > 1, "the test needs clips in two bins"
+    for name, value in told.items():
+        low, high = map(float, name.removeprefix("critic_loss_").split("_"))
+        inside = (levels >= low) & (levels < high)
+        assert value == pytest.approx(float(errors[inside].mean()), rel=1e-6)
 
 
 def test_turns_are_counted_by_the_critics_updates() -> None:
@@ -619,11 +664,12 @@ def test_bidirectional_attention_is_found(method: str, monkeypatch: pytest.Monke
         make(method).check_causality(data_of(method))
 
 
-def test_a_clean_half_that_is_seen_too_early_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("method", ["clean", "ode-forced"])
+def test_a_clean_half_that_is_seen_too_early_is_found(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     both = replace(bidirectional(2 * FRAMES), frame_positions=torch.arange(FRAMES, dtype=torch.float64).repeat(2))
     monkeypatch.setattr(regression, "_teacher_forcing", lambda *arguments: both)
     with pytest.raises(CausalityError):
-        make("clean").check_causality(data_of("clean"))
+        make(method).check_causality(data_of(method))
 
 
 def test_a_rollout_that_mixes_blocks_is_found(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -531,7 +531,7 @@ def test_a_student_reads_its_own_text_encoder_and_the_score_networks_read_the_te
     for name, job in jobs.items():
         carry_out(job)
         rows[name] = {whose: contexts([CAPTIONS[0]]).rows for whose, contexts in seen.items()}
-        rows[name]["copy"] = students._encoder(tmp_path / name / "model")([CAPTIONS[0]]).rows
+        rows[name]["copy"] = students._encoder(tmp_path / name / "model", torch.float32)([CAPTIONS[0]]).rows
     assert torch.equal(rows["same"]["student"], rows["same"]["scores"])
     assert torch.equal(rows["own"]["scores"], rows["same"]["scores"])
     assert not torch.allclose(rows["own"]["student"], rows["own"]["scores"])

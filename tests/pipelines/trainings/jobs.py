@@ -56,7 +56,7 @@ def write_dataset(
     timesteps: tuple[float, ...] = (1000.0, 750.0, 0.0),
 ) -> str:
     """A data set as `reelway trajectories` or `reelway ingest` leaves it; the tiny recipe's shift warps 500 to 750."""
-    states = (3,) if kind == "trajectories" else ()
+    states = (len(timesteps),) if kind == "trajectories" else ()
     tensors, text = ("trajectory.safetensors", "prompt.txt") if states else ("latents.safetensors", "caption.txt")
     spec = TensorSpec(shape=(*states, *SHAPE), dtype="float16")
     made_by = {"timesteps": list(timesteps)} if states else {}
@@ -65,7 +65,7 @@ def write_dataset(
     create_dataset(storage, info)
     keys = [f"s{index:02d}" for index in range(samples)]
     for shard in plan(keys, 4, "set"):
-        values = ((key, spoil(int(key[1:]), latents(int(key[1:]), 3))) for key in shard.keys)
+        values = ((key, spoil(int(key[1:]), latents(int(key[1:]), len(timesteps)))) for key in shard.keys)
         samples_of = (
             (key, {tensors: {"latents": value if states else value[-1]}, text: CAPTIONS[int(key[1:]) % len(CAPTIONS)]})
             for key, value in values
