@@ -292,12 +292,11 @@ def test_an_extension_goes_on_from_the_end_of_the_clip(student: Student, opened:
 
 
 def test_a_little_noise_leaves_the_source_and_pure_noise_ignores_it(student: Student, opened: Any) -> None:
-    source = sprites(33)
+    source = sprites(33)[:, :32, :32]
     with torch.no_grad():
         copy = offline(student, student.vae.encode(to_pixels(torch.from_numpy(source)[None]))[0])
-    size = {"height": 64, "width": 64}
     for noise in (0.001, 1.0):
-        stream = student.open(RED, **size, redraw=Redraw(noise))
+        stream = student.open(RED, **SIZE, redraw=Redraw(noise))
         parts = [source[:9], source[9:21], source[21:]]
         assert [stream.frames_due] == [9]
         redrawn = np.concatenate([stream.redraw(part) for part in parts])
@@ -305,7 +304,7 @@ def test_a_little_noise_leaves_the_source_and_pure_noise_ignores_it(student: Stu
         if noise < 1:
             assert np.abs(redrawn.astype(int) - copy).mean() < 1
         else:
-            plain = student.open(RED, **size)
+            plain = student.open(RED, **SIZE)
             assert np.array_equal(redrawn, video(plain, 3))
             plain.close()
 
@@ -391,11 +390,12 @@ def test_overlapping_segments_stop_and_go_on(student: Student, opened: Any) -> N
 # --- Memory ----------------------------------------------------------------------------------------------------------
 
 
-def test_memory_is_flat_over_forty_blocks(opened: Any) -> None:
+def test_memory_is_flat_over_twenty_blocks(opened: Any) -> None:
+    """The window is full after three."""
     stream, held = opened(), []
-    for block in range(40):
+    for block in range(20):
         stream.next_chunk()
-        if block in (5, 20, 39):
+        if block in (5, 12, 19):
             rotary._table.cache_clear()  # a bounded cache of the process, not the stream's
             held.append((stream.held_bytes, live_tensor_bytes()))
     assert held[0] == held[1] == held[2]

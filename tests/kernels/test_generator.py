@@ -224,16 +224,16 @@ def test_ten_thousand_frames_in_flat_memory_with_finite_values() -> None:
     )
     torch.manual_seed(0)
     model = VideoTransformer(config).requires_grad_(False)
-    settings = StudentSettings(block=10, timesteps=(1000.0,), window=30, sink=10)
+    settings = StudentSettings(block=50, timesteps=(1000.0,), window=150, sink=50)
     generator = ChunkGenerator(model, settings, TextContext.fold([torch.randn(2, 8)]), [SampleKey(0, "", 0)], (2, 2))
-    for _ in range(100):
+    for _ in range(20):
         generator.next_block()
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     while generator.frames_done < 10_000:
         latents = generator.next_block()
         assert torch.isfinite(latents).all()
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 2048  # kilobytes
-    assert sum(tensor.numel() for tensor in generator.state_dict().values()) < 5_000
+    assert sum(tensor.numel() for tensor in generator.state_dict().values()) < 8_000  # all latents: 80,000
 
 
 def test_positions_far_into_a_stream_change_nothing() -> None:

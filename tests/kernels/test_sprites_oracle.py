@@ -152,7 +152,7 @@ def test_a_corruption_costs_its_own_dimension_more_the_stronger_it_is(
 @pytest.mark.parametrize("level", [0, 1, 2, 3])
 def test_renderings_grade_near_one(level: int) -> None:
     graded = []
-    for index, (_, scene) in enumerate(splits.prompts("validation", 10, seed=3, level=level)):
+    for index, (_, scene) in enumerate(splits.prompts("validation", 5, seed=3, level=level)):
         graded.append(grade(render(scene, index, 81, level=level), scene, level=level).scores)
     means = scores.mean_scores(graded)
     print(level, {name: round(value, 4) for name, value in means.items()})
