@@ -56,6 +56,8 @@ def evaluate_command(
     console = Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
     if device not in ("cpu", "cuda"):
         raise ValueError(f"--device: must be cpu or cuda, got {device!r}")
+    if vbench_info is not None and not vbench_info.is_file():
+        raise FileNotFoundError(f"--vbench-info: no such file: {vbench_info}")
     try:
         earlier = None if old is None else read_earlier(old)
         plan = make_plan(read_sweep(sweep), device, vbench_info=vbench_info, limit=limit)

@@ -39,13 +39,17 @@ def rollout_command(
     blocks: Annotated[int | None, typer.Option(min=1, help="The same in blocks.")] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     samples: Annotated[int, typer.Option(min=1, help="Videos for each prompt.")] = 1,
-    height: Annotated[int | None, typer.Option(help="Pixels; what the model was trained on by default.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels.")] = None,
-    window: Annotated[int | None, typer.Option(help="Latent frames that a block attends to, not the model's.")] = None,
-    sink: Annotated[int | None, typer.Option(help="First latent frames that stay in the window.")] = None,
+    height: Annotated[int | None, typer.Option(min=1, help="Pixels; what the model was trained on by default.")] = None,
+    width: Annotated[int | None, typer.Option(min=1, help="Pixels.")] = None,
+    window: Annotated[
+        int | None, typer.Option(min=1, help="Latent frames that a block attends to, not the model's.")
+    ] = None,
+    sink: Annotated[int | None, typer.Option(min=0, help="First latent frames that stay in the window.")] = None,
     steps: Annotated[int | None, typer.Option(min=1, help="Denoising steps, evenly spread under the shift.")] = None,
     mode: Annotated[str, typer.Option(help="rolling window, or segments that overlap (CausVid's).")] = "rolling",
-    segment: Annotated[int, typer.Option(help="With --mode overlap: latent frames of a segment.")] = CLIP_LATENTS,
+    segment: Annotated[
+        int, typer.Option(min=1, help="With --mode overlap: latent frames of a segment.")
+    ] = CLIP_LATENTS,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     dtype: Annotated[str | None, typer.Option(help="fp32 (default on the CPU) or bf16 (default on CUDA).")] = None,
     json_path: Annotated[Path | None, typer.Option("--json", help="Write the figures here.")] = None,
@@ -130,6 +134,8 @@ def _length(seconds: float | None) -> float | None:
 
 
 def _settings(folder: Path, window: int | None, sink: int | None, steps: int | None) -> StudentSettings:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"--student: no such folder: {folder}")
     settings = StudentSettings.read(folder)
     changes: dict[str, Any] = {"window": window, "sink": sink}
     if steps is not None:

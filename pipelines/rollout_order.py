@@ -1,6 +1,5 @@
 """What `reelway rollout` was asked for, and what can be said of it before any model is loaded."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ import torch
 from ..actors.bench_report import FRAME_RATE
 from ..actors.modes import Mode, Redraw
 from ..kernels.causal.student import StudentSettings
+from .places import check_file
 from .schedule import Schedule, length_of
 from .video import VideoFile, check_target, read_image
 
@@ -95,15 +95,4 @@ class Order:
         if self.image is not None:
             read_image(self.image, SMALLEST, SMALLEST)
         if json_path is not None:
-            check_writable(json_path, "--json")
-
-
-def check_writable(path: Path, option: str) -> None:
-    """FileNotFoundError or ValueError unless a file can be written there, in a folder that exists."""
-    parent = path.absolute().parent
-    if not parent.is_dir():
-        raise FileNotFoundError(f"{option}: no such folder: {parent}")
-    if path.is_dir():
-        raise ValueError(f"{option}: must be a file, {path} is a folder")
-    if not os.access(parent, os.W_OK):
-        raise ValueError(f"{option}: not allowed to write to {parent}")
+            check_file(json_path, "--json")

@@ -1,6 +1,5 @@
 """Videos to and from files: written frame by frame as they are made, read frame by frame as they are needed."""
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from fractions import Fraction
@@ -16,6 +15,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..actors.decoder import ClipSettings, decode_pyav, probe
 from ..kernels.clips import Pixels, fit, shown_frames
+from .places import check_folder
 
 
 @dataclass(frozen=True)
@@ -59,16 +59,7 @@ def check_target(path: Path) -> None:
         raise ValueError(f"{path}: a video is written to {', '.join(FORMATS)}, or to a folder of .png frames")
     elif path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise ValueError(f"{path}: frames are written to a new or empty folder")
-    _check_folder(path)
-
-
-def _check_folder(path: Path) -> None:
-    """ValueError unless the folder that a path is in can be made, or written to."""
-    folder = next(each for each in path.absolute().parents if each.exists())
-    if not folder.is_dir():
-        raise ValueError(f"{path}: {folder} is no folder")
-    if not os.access(folder, os.W_OK | os.X_OK):
-        raise ValueError(f"{path}: not allowed to write to {folder}")
+    check_folder(path.absolute().parent, str(path))
 
 
 def open_writer(path: Path, frames_per_second: int) -> Writer:

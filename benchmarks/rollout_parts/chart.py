@@ -27,7 +27,7 @@ def draw_streams(path: Path, rows: list[Row], notes: list[Row]) -> None:
     for run in sorted({note["run"] for note in notes}):
         held = [(note["seconds"] / 60, note["resident"] / 1e6) for note in notes if note["run"] == run]
         lower.plot(*zip(*held, strict=True), color=INK, linewidth=1.5)
-    lower.set_ylim(bottom=0)
+    lower.set_ylim(0, 1.25 * max(note["resident"] for note in notes) / 1e6)
     lower.set_ylabel("memory, MB")
     lower.set_xlabel("minutes of video")
     for axes in (upper, lower):

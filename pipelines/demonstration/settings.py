@@ -12,6 +12,7 @@ from ...actors.model_files import check_model
 from ...actors.trajectories import device_kind
 from ...kernels.causal.student import StudentSettings
 from ..evaluation.plan import model_fingerprint
+from ..places import check_folder
 from ..recipe import TINY, Positive, Rate, Recipe, Share, Strict, load_recipe
 
 ASSETS = Path(__file__).parents[2] / "assets"
@@ -66,7 +67,7 @@ def read_demo_recipe(path: Path | None) -> DemoRecipe:
         raise FileNotFoundError(f"--recipe: no such file: {path}")
     try:
         return DemoRecipe.model_validate(yaml.safe_load(path.read_text()) or {})
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"--recipe {path}: not valid YAML: {str(error).splitlines()[0]}") from None
     except ValidationError as error:
         first = error.errors()[0]
@@ -91,6 +92,7 @@ class Demo:
     @classmethod
     def open(cls, out: Path, teacher: Path, student: Path, recipe: DemoRecipe) -> "Demo":
         """FileNotFoundError or ValueError, in one line, where a model is missing or the recipe will not do."""
+        check_folder(out, "--out")
         _check(teacher, "--teacher", TEACHER)
         _check(student, "--student", STUDENT)
         StudentSettings.read(student)

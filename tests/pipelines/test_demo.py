@@ -466,8 +466,19 @@ def test_a_recipe_for_the_demo_is_checked(tmp_path: Path) -> None:
     path.write_text("prompts: 3")
     with pytest.raises(ValueError, match="prompts: "):
         read_demo_recipe(path)
+    path.write_bytes(b"\xff\xfe")
+    with pytest.raises(ValueError, match=f"--recipe {path}: not valid YAML"):
+        read_demo_recipe(path)
     with pytest.raises(FileNotFoundError, match="--recipe: no such file"):
         read_demo_recipe(tmp_path / "nothing")
+
+
+def test_a_file_is_no_place_for_a_demo(models: list[str], tmp_path: Path) -> None:
+    place = tmp_path / "file"
+    place.touch()
+    for out in (place, place / "out"):
+        with pytest.raises(ValueError, match=f"--out: {place} is no folder"):
+            Demo.open(out, Path(models[1]), Path(models[3]), DemoRecipe())
 
 
 @pytest.mark.parametrize("option", ["--teacher", "--student"])

@@ -629,6 +629,15 @@ def test_against_needs_the_table_beside_the_report(
     assert "results.parquet must stand beside the report" in capsys.readouterr().err
 
 
+def test_a_missing_list_of_vbench_is_told_at_once(
+    models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_sweep(tmp_path, models)
+    assert command(path, "--out", tmp_path / "out", "--vbench-info", tmp_path / "none.json") == 2
+    assert "--vbench-info: no such file: " in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_dry_run_counts_and_writes_nothing(
     models: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

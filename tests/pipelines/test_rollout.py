@@ -358,7 +358,10 @@ def test_lengths() -> None:
         (["--prompt", "a", "--video", "none.mp4", "--noise", 2], "none.mp4: no such video"),
         (["--prompts", "p.txt"], "--out: with --prompts it is the folder of a data set, got v.mp4"),
         (["--prompt", "a", "--out", "v.avi"], "v.avi: a video is written to .mp4, .gif, .webp, or to a folder"),
-        (["--prompt", "a", "--student", "nowhere"], "nowhere: not a student (no student.json)"),
+        (["--prompt", "a", "--student", "nowhere"], "--student: no such folder: nowhere"),
+        (["--prompt", "a", "--student", "."], ".: not a student (no student.json)"),
+        (["--prompt", "a", "--height", 0], "Invalid value for '--height'"),
+        (["--prompt", "a", "--sink", -1], "Invalid value for '--sink'"),
         (["--prompt", "a", "--height", 33], "height: must be a multiple of 16 pixels, got 33"),
     ],
 )
