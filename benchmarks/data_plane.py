@@ -8,6 +8,7 @@ import argparse
 import json
 import os
 import resource
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from reelway.cluster.manifest import ShardPlan
     from reelway.cluster.storage import Storage
 
+TINY = Path(__file__).parents[1] / "assets" / "tiny"
 PROMPTS, PER_SHARD = 1_000_000, 64
 SHARDS = 20_000
 POOL_WORKERS = (1, 16, 64)
@@ -72,10 +74,39 @@ def planning() -> Iterator[Figure]:
     yield at_most("planning", "peak memory of the process", peak_memory() / 1e9, "GB", 1)
 
 
-def peak_memory() -> int:
+def peak_memory(pid: int | str = "self") -> int:
     """Bytes; of this program alone, whatever process it was started from."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM"))
+
+
+def command() -> Iterator[Figure]:
+    """The driver of `reelway trajectories` with a million prompts, from its start to its first shard's."""
+    words = "a small red star drifts slowly to the left over a navy background while a large green ring waits"
+    with tempfile.TemporaryDirectory() as folder:
+        prompts, out = Path(folder, "prompts.txt"), Path(folder, "set")
+        with prompts.open("w") as file:
+            file.writelines(f"{words}, take {index}\n" for index in range(PROMPTS))
+        line = [sys.executable, "-m", "reelway.pipelines.cli", "trajectories", "--teacher", str(TINY)]
+        began = time.perf_counter()
+        with subprocess.Popen([*line, "--prompts", prompts, "--out", out, "--workers", "1"]) as driver:
+            while not list(out.glob(".partial-*-shard-*")):
+                assert driver.poll() is None, "the command ended"
+                time.sleep(0.1)
+            seconds, processor, peak = time.perf_counter() - began, _processor_of(driver.pid), peak_memory(driver.pid)
+            driver.send_signal(signal.SIGINT)
+            time.sleep(1)
+            driver.send_signal(signal.SIGINT)  # the second one does not wait for the shard's end
+    name = f"`reelway trajectories`, {PROMPTS:,} prompts, to its first shard"
+    yield Figure("command", f"{name}, Ray and the worker's start included", seconds, "s")
+    yield at_most("command", f"{name}, the driver's processor", processor, "s", 20)
+    yield at_most("command", f"{name}, the driver's peak memory", peak / 1e9, "GB", 1)
+
+
+def _processor_of(pid: int) -> float:
+    """Seconds, in user and kernel mode."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 # --- What is done -------------------------------------------------------------------------------------------------
@@ -289,6 +320,7 @@ def _bytes_read() -> int:
 
 SECTIONS: dict[str, Callable[[], Iterator[Figure]]] = {
     "planning": planning,
+    "command": command,
     "pending": pending,
     "pool": pool,
     "reader": reader,

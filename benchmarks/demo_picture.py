@@ -14,7 +14,7 @@ from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
 WIDTH = 1100
-COLORS = 128  # of the file: it stays under 300 kB
+COLORS = 256  # of the file: it stays under 300 kB
 SETTLE_MS = 1500  # from scrolling to a section until its videos play
 
 

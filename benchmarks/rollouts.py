@@ -5,13 +5,13 @@
 
 Sections, and the minutes they take on two idle cores with the tiny models (40 cases, 4 streams of 10 minutes):
 
-    speed     1   student against teacher in one run; real time
-    switches  3   prompt switches: seen within two blocks, without a flash
-    image     3   image to video: subject consistency against text to video
-    video     7   video to video: motion kept, colour taken, speed and latency, at four noise levels
-    seams     4   change at block edges against change inside blocks
-    stream   20   streams of --minutes: drift, memory, speed
-    hour     30   the same for one stream of an hour; only where it is asked for
+    speed     2   student against teacher in one run; real time
+    switches  2   prompt switches: seen within two blocks, without a flash
+    image     2   image to video: subject consistency against text to video
+    video     4   video to video: motion kept, colour taken, speed and latency, at four noise levels
+    seams     3   change at block edges against change inside blocks
+    stream   12   streams of --minutes: drift, memory, speed
+    hour     17   the same for one stream of an hour; only where it is asked for
 
 Stop it at any time: the same command goes on. What is done is kept in OUT, a row a file, and made again only for
 another model, world or judge. OUT/rollouts.json and OUT/rollouts.md hold the sections that are done, also those of

@@ -1,10 +1,12 @@
 """Student against teacher, in one run on one device: frames per second, time to the first frame, real time."""
 
+import time
 from functools import partial
 
 import numpy as np
 
 from reelway.actors.bench import BenchRequest, run
+from reelway.actors.streams import overlapped
 from reelway.pipelines.evaluation.makers import Maker, load_maker
 from reelway.pipelines.evaluation.plan import make_plan
 from reelway.pipelines.evaluation.sweep import ClipSettings, PromptSet, Sweep, TeacherSweep
@@ -13,6 +15,7 @@ from .common import FRAME_RATE, Bench, Figure, Result, Row
 
 ROUNDS = 3  # the median of which counts
 BLOCKS = 28  # of the student's stream: 20 seconds
+WARM = 4  # blocks before the clock: then the window is full
 PROMPTS = 3  # of the runs that hold the text encoder
 
 
@@ -21,7 +24,34 @@ def speed(bench: Bench) -> Result:
     ledger = bench.ledger("speed", models=("student", "teacher"), blocks=BLOCKS, threads=bench.threads)
     rounds = [ledger.row(f"round-{at}", partial(_round, bench)) for at in range(ROUNDS)]
     whole = ledger.row("from-the-prompt", partial(_from_the_prompt, bench))
-    return _figures(rounds, whole)
+    overlap = ledger.row("overlap", partial(_overlap, bench))
+    result = _figures(rounds, whole)
+    gain = Figure(
+        "decoding a block in one thread while the next is made in another, on this processor",
+        f"{overlap['overlapped'] / overlap['in_turn']:.2f} times the frames per second of one after the other "
+        f"({overlap['overlapped']:.1f} against {overlap['in_turn']:.1f})",
+        "as measured",
+    )
+    return Result([*result.figures, gain], {**result.details, "overlap": overlap})
+
+
+def _overlap(bench: Bench) -> Row:
+    """Frames per second of the same stream, made in turn and made ahead; medians of rounds that alternate."""
+    rates: dict[str, list[float]] = {"in_turn": [], "overlapped": []}
+    for _ in range(ROUNDS):
+        for name, found in rates.items():
+            with bench.model.open("a red star", height=bench.size, width=bench.size) as stream:
+                for _ in range(WARM):
+                    stream.next_chunk()
+                began, before = time.perf_counter(), stream.frames_out
+                if name == "in_turn":
+                    for _ in range(BLOCKS):
+                        stream.next_chunk()
+                else:
+                    for _ in overlapped(stream, BLOCKS):
+                        pass
+                found.append((stream.frames_out - before) / (time.perf_counter() - began))
+    return {name: _median(found) for name, found in rates.items()}
 
 
 def _round(bench: Bench) -> Row:

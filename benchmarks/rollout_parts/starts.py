@@ -70,14 +70,14 @@ def _image(bench: Bench, index: int, shown: Shown) -> Row:
     for start, given in (("text", {"height": bench.size, "width": bench.size}), ("image", {"image": first})):
         with bench.model.open(shown.caption, bench.seed, **given) as stream:
             video = first_frames(stream.next_chunk, CLIP)
-        row[start] = grade(video, shown.scene, level=bench.level).scores | totals(video, shown.scene, bench.level)
+        row[start] = _scores(video, shown.scene, bench.level)
         row[f"{start}_video"] = write_video(bench, "image", f"case-{index:03d}-{start}", video)
     return row
 
 
-def totals(video: Pixels, scene: Scene, level: int) -> dict[str, float]:
+def _scores(video: Pixels, scene: Scene, level: int) -> dict[str, float]:
     found = grade(video, scene, level=level)
-    return {"quality": found.quality, "semantic": found.semantic, "total": found.total}
+    return {**found.scores, "quality": found.quality, "semantic": found.semantic, "total": found.total}
 
 
 def first_frames(next_chunk: Any, frames: int) -> Pixels:
@@ -93,9 +93,9 @@ def first_frames(next_chunk: Any, frames: int) -> Pixels:
 
 def video(bench: Bench) -> Result:
     """Does a redrawn video keep its source's motion and take the prompt's colour, as fast as it comes?"""
-    shown = singles(bench, bench.cases)
     sweeps = {}
     for noise in bench.noises:
+        shown = singles(bench, bench.cases if noise == Redraw().noise else max(2, bench.cases // 4))
         ledger = bench.ledger("video", frames=CLIP, noise=noise)
         rows = [
             ledger.row(f"noise-{noise:g}-case-{at:03d}", partial(_redrawn, bench, at, each, noise))
@@ -180,7 +180,7 @@ def _redrawn_figures(sweeps: dict[str, Row], chosen: str) -> Result:
         ),
         Figure(
             "both, by noise level",
-            ", ".join(f"{level}: {each['both']:.2f}" for level, each in sweeps.items()),
+            ", ".join(f"{level}: {each['both']:.2f} of {len(each['cases'])}" for level, each in sweeps.items()),
         ),
         Figure(
             "speed of video-to-video, encoder and decoder in",
