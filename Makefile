@@ -6,8 +6,9 @@ export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER := 0
 export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
-# Beyond the tests' own limit: a thread that holds the interpreter's lock for ever is stopped from outside Python.
-LAST_RESORT := -o faulthandler_timeout=400 -o faulthandler_exit_on_timeout=true
+# Processes that share the quick tests: one has all that need Ray (tests/conftest.py). JOBS=0: none but pytest's own.
+JOBS ?= 2
+TOGETHER := -n $(JOBS) --dist loadgroup --no-loadscope-reorder --max-worker-restart=0
 
 .NOTPARALLEL:
 .PHONY: help demo test test-slow lint format clean
@@ -19,7 +20,7 @@ demo: .venv/ready  ## The whole line, small, on this machine; then open demo/ind
 	$(BIN)/reelway demo
 
 test: .venv/ready lint  ## Lint, types, and every quick test.
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(LAST_RESORT)
+	$(BIN)/python -m pytest -m "not slow and not gpu" $(TOGETHER)
 
 test-slow: .venv/ready  ## The tests that take minutes.
 	$(BIN)/python -m pytest -m "slow"

@@ -1,10 +1,11 @@
-"""One Ray for the whole suite: started when the first test asks for it, ended with the suite."""
+"""Limits for every test, and one Ray for all: started when the first test asks for it, ended with the last."""
 
 import faulthandler
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import pytest
 
@@ -23,43 +24,69 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 RAY_CPUS = 4
 SLOW_SECONDS = 1800  # for a slow test; the others' limit is in pyproject.toml
 END_SECONDS = 60  # for what still runs after the last test
+STDERR = pytest.StashKey[IO[str]]()
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that ask for the shared Ray run last: the ones before them may start one of their own."""
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Limits, and an order.
+
+    Tests that ask for the shared Ray come after those that start one of their own. Where several processes share the
+    work, one has all that need Ray, from the beginning on, for it takes the longest; the others are dealt out by file.
+    """
+    is_shared = {item: "ray_session" in getattr(item, "fixturenames", ()) for item in items}
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
-    shared = {item: "ray_session" in getattr(item, "fixturenames", ()) for item in items}
-    for item, uses_ray in shared.items():
-        if uses_ray:
+        if is_shared[item]:
             item.add_marker(pytest.mark.ray)
-    items.sort(key=shared.__getitem__)
+        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.name))
+    in_parts = hasattr(config, "workerinput")
+    items.sort(key=lambda item: (in_parts and not item.get_closest_marker("ray"), is_shared[item]))
+
+
+# --- Limits ----------------------------------------------------------------------------------------------------------
+
+# A test that hangs ends the run with the stack of every thread. Its main thread may never come back from C, from Ray or
+# from a lock, and what it shares with later tests cannot be trusted; so nothing is raised in it. The watchdog is the
+# interpreter's own, in C: it also ends a test that never gives the interpreter's lock away.
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Keep the true stderr, before pytest captures what tests write to it."""
+    config.stash[STDERR] = os.fdopen(os.dup(2), "w")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_timeout_set_timer(item: pytest.Item, settings: Any) -> bool:
+    """The limit of a test with its fixtures: the marker's, or pyproject.toml's."""
+    faulthandler.dump_traceback_later(settings.timeout, file=item.config.stash[STDERR], exit=True)
+    return True
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_timeout_cancel_timer() -> bool:
+    """The test has ended in time."""
+    faulthandler.cancel_dump_traceback_later()
+    return True
 
 
 @pytest.hookimpl(trylast=True)
-def pytest_unconfigure() -> None:
+def pytest_unconfigure(config: pytest.Config) -> None:
     """Threads that a test has left keep the process alive: their stacks are shown then, and the run has failed."""
-    faulthandler.dump_traceback_later(END_SECONDS, exit=True)
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _threads() -> int:
-    """torch's threads at the start."""
-    import torch
-
-    return torch.get_num_threads()
+    if not hasattr(config, "workerinput"):  # one of several processes waits for the others, and is ended with them
+        faulthandler.dump_traceback_later(END_SECONDS, file=config.stash[STDERR], exit=True)
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _same_threads_for_every_module(_threads: int) -> Iterator[None]:
+def _same_threads_for_every_module() -> Iterator[None]:
     """Workers that are built in this process set torch's threads, which decide the last bits of later tests."""
-    import torch
-
-    torch.set_num_threads(_threads)
     yield
-    torch.set_num_threads(_threads)
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
+
+# --- What many tests need --------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")

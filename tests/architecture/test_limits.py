@@ -58,19 +58,27 @@ def test_it():
 }
 
 
+def run_tests(what: str, folder: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    """One that hangs and one after it, under this project's settings."""
+    (folder / "test_hangs.py").write_text(HANGING[what] + "\ndef test_later():\n    pass\n")
+    command = [sys.executable, "-m", "pytest", "-c", str(CONFIG), "-p", "pytest_timeout", "-p", "conftest", *options]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    return subprocess.run([*command, str(folder)], env=environment, capture_output=True, text=True, timeout=120)
+
+
 @pytest.mark.parametrize("what", HANGING)
 def test_what_hangs_ends_the_run_and_says_where(what: str, tmp_path: Path) -> None:
-    file = tmp_path / "test_hangs.py"
-    file.write_text(HANGING[what] + "\ndef test_later():\n    print('later')\n")
-    limits = ["-o", "timeout=1", "-o", "faulthandler_timeout=3", "-o", "faulthandler_exit_on_timeout=true"]
-    if what == "a thread that is left":
-        limits = ["-p", "conftest"]
-    command = [sys.executable, "-m", "pytest", "-c", str(CONFIG), "-p", "pytest_timeout", *limits, str(file)]
-    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    done = run_tests(what, tmp_path, "-o", "timeout=1")
     assert done.returncode == 1, done.stdout
-    assert "wait_for_nobody" in done.stdout + done.stderr
+    assert 'test_hangs.py", line' in done.stderr
     assert ("2 passed" in done.stdout) == (what == "a thread that is left")
+
+
+def test_one_of_two_processes_that_hangs_says_where(tmp_path: Path) -> None:
+    done = run_tests("a lock", tmp_path, "-o", "timeout=1", "-p", "xdist", "-n", "2", "--max-worker-restart=0")
+    assert done.returncode == 1, done.stdout
+    assert 'test_hangs.py", line' in done.stderr
+    assert "crashed while running 'test_hangs.py::test_it'" in done.stdout
 
 
 MAKE = """#!/usr/bin/env bash
