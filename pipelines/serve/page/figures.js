@@ -14,6 +14,7 @@ export class Figures {
     this.first = null; // seconds from the request to the first frame
     this.change = null; // seconds from the last new prompt to its first frame
     this.gaps = []; // {seconds, target, late, turned}
+    this.late = 0; // chunks that were made after their deadline
     this.frames = 0;
   }
 
@@ -42,6 +43,7 @@ export class Figures {
   chunk(record, frameRate) {
     const now = performance.now();
     const target = record.frames / frameRate;
+    this.late += record.late > 0;
     const turned = this.gaps.length > 0 && record.prompt !== this.gaps.at(-1).prompt;
     if (this.#lastChunk !== null) {
       const seconds = (now - this.#lastChunk) / 1000;

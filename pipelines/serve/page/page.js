@@ -41,13 +41,13 @@ async function ask(path) {
 }
 
 async function readModels() {
-  models = (await ask("models")).data.map((model) => model.id);
+  models = (await ask("models")).data;
   for (const card of cards) card.showModels(models);
 }
 
 async function readStatus() {
   try {
-    if (!models.length) await readModels();
+    if (!models.length || models.some((model) => !model.width)) await readModels();
     showStatus(await ask("status"));
   } catch (error) {
     server.textContent = error.message;

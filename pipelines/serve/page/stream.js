@@ -44,6 +44,7 @@ export class StreamCard {
   #figures = new Figures();
   #file = null; // {kind, file, video?, still}
   #format = null; // the server's `ready`
+  #models = [];
   #unseen = false; // whether media came that the server was not told of
 
   constructor(template, shared) {
@@ -67,13 +68,15 @@ export class StreamCard {
 
   // --- What the page tells it -----------------------------------------------------------------------------------
 
-  showModels(names) {
+  /** models: [{id, width, height}]; sizes are null until a worker has told them. */
+  showModels(models) {
+    this.#models = models;
     const select = this.part("model");
     const before = select.value;
-    select.replaceChildren(...names.map((name) => new Option(name)));
-    if (names.includes(before)) select.value = before;
-    this.part("model-field").hidden = names.length < 2;
-    this.#showExamples();
+    select.replaceChildren(...models.map((model) => new Option(model.id)));
+    if (models.some((model) => model.id === before)) select.value = before;
+    this.part("model-field").hidden = models.length < 2;
+    this.#modelChosen();
   }
 
   showRemove(visible) {
@@ -91,6 +94,7 @@ export class StreamCard {
     this.part("fps").textContent = rate === null ? "–" : rate.toFixed(1);
     this.part("ahead").textContent = short(player.ahead);
     this.part("stalls").textContent = String(player.stalls);
+    this.part("late").textContent = String(this.#figures.late);
     this.part("first").textContent = short(this.#figures.first);
     this.part("switch").textContent = short(this.#figures.change);
     this.part("clock").textContent = clock(player.position);
@@ -147,7 +151,7 @@ export class StreamCard {
     on("detach", "click", () => this.#detach());
     on("remove", "click", () => this.#remove());
     on("dice", "click", () => (this.part("seed").value = String(Math.floor(Math.random() * 2 ** 32))));
-    on("model", "change", () => this.#showExamples());
+    on("model", "change", () => this.#modelChosen());
     on("screen", "keydown", (event) => this.#screenKey(event));
     on("screen", "click", (event) => event.target.closest("button") || this.#togglePause());
     this.element.addEventListener("paste", (event) => this.#paste(event));
@@ -339,7 +343,7 @@ export class StreamCard {
       this.#showRunning();
       return;
     }
-    this.part("screen").style.setProperty("--shape", `${format.width} / ${format.height}`); // of a narrow page's screen
+    this.#shape(format);
     this.part("screen").classList.toggle("crisp", format.width <= CRISP);
     this.#player = this.#newPlayer(format);
     this.#player.failed = (error) => this.#broken(error);
@@ -425,6 +429,17 @@ export class StreamCard {
     notice.hidden = !text;
     notice.dataset.kind = kind;
     notice.textContent = text;
+  }
+
+  #modelChosen() {
+    const model = this.#models.find((one) => one.id === this.part("model").value);
+    if (model?.width && !this.#format) this.#shape(model);
+    this.#showExamples();
+  }
+
+  /** The screen has the shape of the pictures. */
+  #shape({ width, height }) {
+    this.part("screen").style.setProperty("--shape", `${width} / ${height}`);
   }
 
   #showExamples() {

@@ -102,7 +102,10 @@ class StandIn:
         return web.FileResponse(PAGE / "index.html")
 
     async def _models(self, request: web.Request) -> web.Response:
-        return web.json_response({"data": [{"id": "tiny-student"}]}, status=200 if self._allows(request) else 401)
+        return web.json_response(
+            {"data": [{"id": "tiny-student", "width": SIDE, "height": SIDE}]},
+            status=200 if self._allows(request) else 401,
+        )
 
     async def _status(self, request: web.Request) -> web.Response:
         workers = [{"state": "ready", "load": 0.21 * len(self.sockets)} for _ in range(2)]

@@ -11,6 +11,7 @@ import re
 import shutil
 import signal
 import socket
+import time
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -482,9 +483,12 @@ def test_the_real_server_begins_from_an_image_and_a_video(real: serving.LocalSer
 
 
 def await_frames(page: Any, card: Any, count: int = 30) -> None:
-    """So many more frames come, more than any worker had ready; they are seen, and none was lost."""
-    wanted = int(card.get_attribute("data-next")) + count
-    for _ in range(PATIENCE // 100):
+    """So many more frames come, more than any worker had ready; they are seen, and none was lost.
+
+    Another worker may have to be started before.
+    """
+    wanted, until = int(card.get_attribute("data-next")) + count, time.monotonic() + START
+    while time.monotonic() < until:
         if int(card.get_attribute("data-next")) >= wanted:
             break
         page.wait_for_timeout(100)
