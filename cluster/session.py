@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from typing import Any
 
 import ray
 from ray._private import ray_constants, services
@@ -34,6 +35,10 @@ CONNECT_SECONDS = 10.0
 TOKEN_VARIABLES = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 # Ray remembers the first token that a process used, so every Ray that this process starts has the same one.
 _OWN_TOKEN = secrets.token_hex(32)
+
+
+class RayNotStarted(OSError):
+    """A Ray of our own did not come up; the message says why in one line."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +148,7 @@ def _started(machine: Node, object_store: int | None, dashboard: bool, temp_dir:
     folder = nullcontext(temp_dir) if temp_dir else _short_folder()
     with folder as place, _private_environment():
         try:
-            ray.init(
+            _init(
                 address="local",
                 num_cpus=int(machine.cpus),
                 num_gpus=int(machine.gpus),
@@ -158,6 +163,16 @@ def _started(machine: Node, object_store: int | None, dashboard: bool, temp_dir:
             yield ray.get_runtime_context().gcs_address
         finally:
             ray.shutdown()  # ends the processes that this process started, also those of a start cut short
+
+
+def _init(**options: Any) -> None:
+    try:
+        ray.init(**options)
+    except (ValueError, OSError):
+        raise  # a line for the user already
+    except Exception as error:  # Ray raises nothing narrower where a process of its own is late
+        reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise RayNotStarted(f"Ray could not be started: {reason}") from error
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from ray.util.state import list_actors
 from ray.util.state.exception import RayStateApiException
 from rich.console import Console
 
-from ...cluster.session import start_or_join
+from ...cluster.session import RayNotStarted, start_or_join
 from ..recipe import fingerprint
 from ..training import write_json
 from .settings import LOG, WORK, Demo
@@ -204,11 +204,8 @@ def _started() -> Iterator[None]:
     with ExitStack() as stack:
         try:
             stack.enter_context(start_or_join("local", dashboard=True))
-        except (ValueError, OSError):
-            raise  # a line for the user already
-        except Exception as error:  # Ray raises nothing narrower where a process of its own is late
-            reason = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise StageFailed(f"Ray could not be started: {reason}") from error
+        except RayNotStarted as error:
+            raise StageFailed(str(error)) from error
         yield
 
 

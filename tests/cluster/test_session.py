@@ -24,7 +24,7 @@ from reelway.cluster.preflight import (
     check_shared_memory,
     this_machine,
 )
-from reelway.cluster.session import Session, start_or_join
+from reelway.cluster.session import RayNotStarted, Session, start_or_join
 
 GIB = 1 << 30
 SCRIPT = """
@@ -221,6 +221,18 @@ def test_nothing_is_started_when_the_preflight_refuses(arguments: dict[str, obje
         pytest.fail("a Ray was started")
     assert not ray.is_initialized()
     assert time.monotonic() - began < 1
+
+
+def test_a_ray_that_does_not_come_up_is_told_in_a_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray itself raises a bare Exception, of several lines."""
+
+    def late(**_: object) -> None:
+        raise Exception("\nthe node timed out during startup\nmany lines of its log")
+
+    monkeypatch.setattr(ray, "init", late)
+    told = "^Ray could not be started: the node timed out during startup$"
+    with pytest.raises(RayNotStarted, match=told), start_or_join("local", cpus=1, gpus=0):
+        pytest.fail("a Ray was started")
 
 
 # --- A real Ray ----------------------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from typer.testing import CliRunner
 
 from reelway.actors.engine import OneRank
 from reelway.cluster.pool import PoolReport
-from reelway.cluster.session import Session
+from reelway.cluster.session import RayNotStarted, Session
 from reelway.kernels.sprites.captions import parse
 from reelway.kernels.sprites.splits import is_held_out
 from reelway.pipelines import demo, evaluate, hosting, students, trajectories
@@ -428,7 +428,7 @@ def test_a_job_that_fails_is_told_in_a_line(
 
 def test_a_ray_that_does_not_start_is_told_in_a_line(small: Demo, monkeypatch: pytest.MonkeyPatch) -> None:
     def late(*_: Any, **__: Any) -> Any:
-        raise Exception("\nthe dashboard is late\nmany lines of its log")
+        raise RayNotStarted("Ray could not be started: the dashboard is late")
 
     monkeypatch.setattr(runner, "start_or_join", late)
     monkeypatch.setattr(runner.ray, "is_initialized", lambda: False)
