@@ -176,14 +176,14 @@ def _ready(graph: Graph) -> Iterator[av.VideoFrame]:
 
 
 class FrameFolder:
-    """A folder of `frame-000000.png`, ..."""
+    """A folder of `frame-000000.png`, ...; there is none before the first frame."""
 
     def __init__(self, path: Path) -> None:
-        path.mkdir(parents=True, exist_ok=True)
         self._path, self._written = path, 0
 
     def write(self, frames: np.ndarray) -> None:
         """Append frames: uint8 [T, H, W, 3]."""
+        self._path.mkdir(parents=True, exist_ok=True)
         for frame in frames:
             target = self._path / f"frame-{self._written:06d}.png"
             Image.fromarray(frame).save(target)

@@ -137,7 +137,7 @@ def _head(report: Report) -> str:
         "prompts": prompts,
         "seeds": len(protocol["seeds"]),
         "videos": f"{cells['done']} of {cells['planned']}" if cells["done"] < cells["planned"] else cells["done"],
-        "seconds": ", ".join(f"{seconds:g}" for seconds in protocol["sweep"]["seconds"]),
+        "seconds": ", ".join(f"{seconds:.3g}" for seconds in protocol["sweep"]["seconds"]),
         "size": f"{clip['width']}x{clip['height']}",
         "device": ", ".join(protocol["devices"]) or "none",
     }

@@ -397,6 +397,7 @@ def test_a_video_too_large_for_the_machine_is_refused(rollout: Any, tmp_path: Pa
     """A square of 32,768 pixels: more than any machine that runs tests has, and nothing is allocated for it."""
     assert rollout("--prompt", "a", "--out", tmp_path / "v.mp4", "--height", 1 << 15, "--width", 1 << 15) == 2
     assert "student: a stream of 32768x32768 needs " in capsys.readouterr().err
+    assert rollout("--prompt", "a", "--out", tmp_path / "frames", "--height", 1 << 15, "--width", 1 << 15) == 2
     assert list(tmp_path.iterdir()) == []
 
 
