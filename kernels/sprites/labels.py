@@ -96,7 +96,8 @@ def _cover(track: Track, grid: int) -> Floats:
 
 def _offsets(track: Track, axis: int, grid: int) -> Floats:
     """From each cell's centre to each sprite's along an axis, in cells, the short way round; [F, S, grid]."""
-    away = track.positions[:, :, axis, None] - (np.arange(grid) + 0.5) / grid
+    centres = ((np.arange(grid) + 0.5) / grid).astype(np.float32)
+    away = track.positions[:, :, axis, None] - centres
     nearest = np.where(track.wraps[..., None], _short_way(away), away)
     return nearest * grid
 
