@@ -25,7 +25,7 @@ test: .venv/ready lint  ## Lint, types, and every quick test.
 test-slow: .venv/ready  ## The tests that take minutes.
 	$(BIN)/python -m pytest -m "slow"
 
-lint: .venv/ready
+lint: .venv/ready  ## Form, rules and types.
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	MYPYPATH=.venv/src $(BIN)/mypy --strict -p reelway.kernels
@@ -44,4 +44,4 @@ format: .venv/ready  ## Format and fix what can be fixed.
 	touch $@
 
 clean:  ## Remove the environment and caches (not runs/ and demo/).
-	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
