@@ -95,16 +95,20 @@ def _switch_figures(rows: list[Row]) -> Result:
         Figure("the same by kind", ", ".join(f"{kind} {found['within']:.2f}" for kind, found in by_kind.items())),
     ]
     flash = _flashes(rows)
-    figures.append(
-        Figure(
-            "flicker at the switch, grey levels (grounds that change left out)",
-            f"median {flash['median']:.2f}; {flash['share_below']:.2f} of {flash['switches']} below the 99th "
-            f"percentile of {flash['edges']} ordinary block edges, {flash['p99']:.2f}",
-            ">= 0.90 below",
-            flash["share_below"] >= 0.9,
-        )
+    return Result(
+        [*figures, _flash_figure(flash)], {"all": everything, "by_kind": by_kind, "flash": flash, "cases": rows}
     )
-    return Result(figures, {"all": everything, "by_kind": by_kind, "flash": flash, "cases": rows})
+
+
+def _flash_figure(flash: Row | None) -> Figure:
+    name, target = "flicker at the switch, grey levels (grounds that change left out)", ">= 0.90 below"
+    if flash is None:
+        return Figure(name, "cannot be told: nothing is at rest in these videos", target)
+    told = (
+        f"median {flash['median']:.2f}; {flash['share_below']:.2f} of {flash['switches']} below the 99th percentile of "
+        f"{flash['edges']} ordinary block edges, {flash['p99']:.2f}"
+    )
+    return Figure(name, told, target, flash["share_below"] >= 0.9)
 
 
 def _seen_shares(rows: list[Row]) -> Row:
@@ -118,10 +122,13 @@ def _seen_shares(rows: list[Row]) -> Row:
     }
 
 
-def _flashes(rows: list[Row]) -> Row:
+def _flashes(rows: list[Row]) -> Row | None:
+    """None where flicker could be told at no switch, or at no other block edge."""
     kept = [row for row in rows if "ground" not in row["kinds"]]
     edges = np.array([value for row in rows for value in row["flicker_at_edges"] if value is not None])
     at = np.array([row["flicker_at_switch"] for row in kept if row["flicker_at_switch"] is not None])
+    if not len(at) or not len(edges):
+        return None
     p99 = float(np.quantile(edges, 0.99))
     return {
         "switches": len(at),

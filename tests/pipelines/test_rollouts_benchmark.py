@@ -85,6 +85,8 @@ def test_what_the_switches_say(parts: Any) -> None:
     assert result.details["flash"]["switches"] == 3
     assert result.details["flash"]["share_below"] == pytest.approx(2 / 3)
     assert [figure.met for figure in result.figures] == [False, None, None, False]
+    restless = switches._switch_figures([case("color", [True], None)])
+    assert (restless.figures[-1].met, restless.details["flash"]) == (None, None)
 
 
 def test_a_stopped_stream_goes_on_with_the_same_pictures(
