@@ -6,9 +6,9 @@ export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER := 0
 export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
-# Processes that share the quick tests: one has all that need Ray (tests/conftest.py). JOBS=0: none but pytest's own.
+# Processes that share the quick tests, file by file. Those that need Ray are left out: two Rays disturb each other.
 JOBS ?= 2
-TOGETHER := -n $(JOBS) --dist loadgroup --no-loadscope-reorder --max-worker-restart=0
+QUICK := not slow and not gpu
 
 .NOTPARALLEL:
 .PHONY: help demo test test-slow lint format clean
@@ -20,7 +20,8 @@ demo: .venv/ready  ## The whole line, small, on this machine; then open demo/ind
 	$(BIN)/reelway demo
 
 test: .venv/ready lint  ## Lint, types, and every quick test.
-	$(BIN)/python -m pytest -m "not slow and not gpu" $(TOGETHER)
+	$(BIN)/python -m pytest -m "$(QUICK) and not ray" -n $(JOBS) --dist loadfile --max-worker-restart=0
+	$(BIN)/python -m pytest -m "$(QUICK) and ray"
 
 test-slow: .venv/ready  ## The tests that take minutes.
 	$(BIN)/python -m pytest -m "slow"

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # listen on the loopback address only
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 os.environ["RAY_metrics_report_interval_ms"] = "1000"  # noqa: SIM112 -- spelt so by Ray; ten seconds otherwise
+os.environ["RAY_worker_niceness"] = "0"  # noqa: SIM112 -- 15 otherwise: beside other tests its workers would starve
 # Before anything imports torch or numpy, for this process and all that it starts: what is computed here is so small
 # that threads mostly wait for each other, on a busy machine for the most part of the time.
 for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
@@ -24,25 +25,23 @@ for _name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 RAY_CPUS = 4
 SLOW_SECONDS = 1800  # for a slow test; the others' limit is in pyproject.toml
 END_SECONDS = 60  # for what still runs after the last test
+SHIPPED_VAE = Path(__file__).parents[1] / "assets" / "tiny" / "vae"
 STDERR = pytest.StashKey[IO[str]]()
 
 
 @pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Limits, and an order.
-
-    Tests that ask for the shared Ray come after those that start one of their own. Where several processes share the
-    work, one has all that need Ray, from the beginning on, for it takes the longest; the others are dealt out by file.
-    """
-    is_shared = {item: "ray_session" in getattr(item, "fixturenames", ()) for item in items}
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Limits of slow tests, and an order: what asks for the shared Ray comes after what starts one of its own."""
     for item in items:
         if item.get_closest_marker("slow") and not item.get_closest_marker("timeout"):
             item.add_marker(pytest.mark.timeout(SLOW_SECONDS))
-        if is_shared[item]:
+        if _shares_ray(item):
             item.add_marker(pytest.mark.ray)
-        item.add_marker(pytest.mark.xdist_group("ray" if item.get_closest_marker("ray") else item.path.name))
-    in_parts = hasattr(config, "workerinput")
-    items.sort(key=lambda item: (in_parts and not item.get_closest_marker("ray"), is_shared[item]))
+    items.sort(key=_shares_ray)
+
+
+def _shares_ray(item: pytest.Item) -> bool:
+    return "ray_session" in getattr(item, "fixturenames", ())
 
 
 # --- Limits ----------------------------------------------------------------------------------------------------------
@@ -126,7 +125,7 @@ def s3_query() -> Iterator[str]:
 
 @pytest.fixture(scope="session")
 def small_teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A teacher's folder for tests that need one: the tiny model cut to one block, random weights, the shipped VAE."""
+    """A teacher's folder for tests that need one: the tiny model cut to one block, a thin VAE, random weights."""
     return _small_model(tmp_path_factory.mktemp("small") / "teacher", is_student=False)
 
 
@@ -137,7 +136,7 @@ def small_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _small_model(folder: Path, is_student: bool) -> Path:
-    import shutil
+    import json
     from dataclasses import replace
 
     import torch
@@ -147,12 +146,17 @@ def _small_model(folder: Path, is_student: bool) -> Path:
     from reelway.kernels.wan.config import CONFIGS
     from reelway.kernels.wan.text import tiny_text_encoder
     from reelway.kernels.wan.transformer import VideoTransformer
+    from reelway.kernels.wan.vae import StreamingVAE
     from reelway.pipelines.models import write_model
 
     torch.manual_seed(0)
     config = replace(CONFIGS["tiny"], num_layers=1, ffn_dim=128)
     settings = StudentSettings(timesteps=(1000, 750), shift=3.0, window=6, sink=3) if is_student else None
-    shutil.copytree(Path(__file__).parents[1] / "assets" / "tiny" / "vae", folder / "vae")
+    shipped = json.loads((SHIPPED_VAE / "config.json").read_text())
+    thin = {name: value for name, value in shipped.items() if not name.startswith("_")} | {"base_dim": 8}
+    vae = StreamingVAE.from_config(thin).requires_grad_(False).vae
+    vae.decoder.conv_out.weight.mul_(0.5)  # soft enough for video files
+    vae.save_pretrained(folder / "vae")
     encoder = tiny_text_encoder(VOCABULARY, config.text_dim)
     write_model(folder, VideoTransformer(config), encoder, shift=3.0, student=settings)
     return folder

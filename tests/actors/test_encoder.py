@@ -82,10 +82,19 @@ def test_text_embeddings_are_a_caption_s_own_rows(small_teacher: Path) -> None:
         torch.testing.assert_close(rows, expected.half(), rtol=1e-2, atol=2e-3)
 
 
-def test_a_vae_is_found_alone_or_in_a_model(small_teacher: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def teacher(small_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that has the shipped VAE."""
+    folder = tmp_path_factory.mktemp("model") / "teacher"
+    shutil.copytree(small_teacher, folder)
+    shutil.copytree(VAE, folder / "vae", dirs_exist_ok=True)
+    return folder
+
+
+def test_a_vae_is_found_alone_or_in_a_model(teacher: Path, tmp_path: Path) -> None:
     assert vae_folder(VAE) == VAE
-    assert vae_folder(small_teacher) == small_teacher / "vae"
-    assert vae_digest(VAE) == vae_digest(small_teacher)
+    assert vae_folder(teacher) == teacher / "vae"
+    assert vae_digest(VAE) == vae_digest(teacher)
     assert latents_shape(VAE, 64, 96, 81) == (21, 16, 8, 12)
     with pytest.raises(FileNotFoundError, match="neither a VAE's folder nor a model's"):
         vae_folder(tmp_path)
@@ -210,11 +219,11 @@ def test_what_is_not_finite_is_quarantined_alone(worker: IngestWorker, monkeypat
     assert words == ["not-finite", "damaged", "", "not-finite", "damaged", "damaged", "", "not-finite"]
 
 
-def test_fields_are_what_the_worker_makes(worker: IngestWorker, small_teacher: Path, tmp_path: Path) -> None:
+def test_fields_are_what_the_worker_makes(worker: IngestWorker, teacher: Path, tmp_path: Path) -> None:
     assert SETTINGS.fields().keys() == {LATENTS, CAPTION, META}
-    wide = replace(SETTINGS, text_dim=text_dim(small_teacher), text=text_digest(small_teacher))
+    wide = replace(SETTINGS, text_dim=text_dim(teacher), text=text_digest(teacher))
     assert wide.fields().keys() == {LATENTS, CAPTION, META, TEXT}
-    other = IngestWorker(VideoFolder.open(str(tmp_path)), small_teacher, Storage.open(tmp_path / "out"), wide)
+    other = IngestWorker(VideoFolder.open(str(tmp_path)), teacher, Storage.open(tmp_path / "out"), wide)
     other.ahead = worker.ahead
     (shard,) = plan(items(), 8, "f")
     sample = next(sample for _, sample in other.samples(shard))
