@@ -167,8 +167,8 @@ def pending(storage: Storage, shards: Sequence[ShardPlan]) -> list[ShardPlan]:
     return [shard for shard in shards if shard.name not in whole]
 
 
-def merge_manifest(storage: Storage) -> list[ManifestRow]:
-    """Make `manifest.parquet` of all records, in one step; returns its rows. The same rows give the same bytes.
+def recorded_rows(storage: Storage) -> list[ManifestRow]:
+    """The rows of all shards that have a record, in the order of their numbers.
 
     Raises ValueError when a shard has a record but its tar is gone or has another size.
     """
@@ -178,9 +178,14 @@ def merge_manifest(storage: Storage) -> list[ManifestRow]:
         if folder.tars.get(name) != row.bytes:
             found = folder.tars.get(name, "no")
             raise ValueError(f"{storage.where(name)}: has {found} bytes, its record says {row.bytes}")
-    ordered = sorted(rows.values(), key=_number)
-    write_manifest(storage, ordered)
-    return ordered
+    return sorted(rows.values(), key=_number)
+
+
+def merge_manifest(storage: Storage) -> list[ManifestRow]:
+    """Make `manifest.parquet` of all records, in one step; returns its rows. The same rows give the same bytes."""
+    rows = recorded_rows(storage)
+    write_manifest(storage, rows)
+    return rows
 
 
 def seal(storage: Storage) -> list[ManifestRow]:

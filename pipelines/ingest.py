@@ -17,7 +17,7 @@ from rich.console import Console
 from ..actors.sources import VideoFolder
 from ..actors.survey import FILTER, Surveyor
 from ..cluster.dataset import Claim, claim, create_dataset
-from ..cluster.manifest import seal
+from ..cluster.manifest import recorded_rows, write_manifest
 from ..cluster.pool import PoolReport, PoolSettings, Quarantined, run_pool
 from ..cluster.preflight import Requirements, check_output, counted, in_gib
 from ..cluster.session import start_or_join
@@ -193,11 +193,13 @@ def _sample_bytes(job: Job) -> int:
 
 
 def _finish(job: Job, made: _Made, console: Console) -> int:
-    """Every shard is there: write the manifest and the quarantine, and say what is in them."""
+    """Every shard is there: write the quarantine and, last, the manifest, and say what is in them."""
     order = job.order
-    rows = seal(order.out)
+    order.out.remove_stale(older_than=0.0)
+    rows = recorded_rows(order.out)
     problems = quarantine(job, rows)
     write_quarantine(order.out, problems)
+    write_manifest(order.out, rows)
     samples, size = sum(row.samples for row in rows), sum(row.bytes for row in rows)
     typer.echo(
         f"{order.out.uri}: {counted(len(rows), 'shard')}, {counted(samples, 'clip')} of "

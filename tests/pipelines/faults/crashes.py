@@ -43,11 +43,14 @@ class Crashes:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         ending = threading.Timer(len(jobs) * PATIENCE + 20, self._process.kill)
+        ending.daemon = True
         ending.start()
-        self._process.stdin.write(json.dumps([asdict(job) for job in jobs]) + "\n")
-        self._process.stdin.flush()
-        answer = self._process.stdout.readline()
-        ending.cancel()
+        try:
+            self._process.stdin.write(json.dumps([asdict(job) for job in jobs]) + "\n")
+            self._process.stdin.flush()
+            answer = self._process.stdout.readline()
+        finally:
+            ending.cancel()
         assert answer, "the script has ended, or had to be ended: it did not answer"
         codes: list[int] = json.loads(answer)
         return codes

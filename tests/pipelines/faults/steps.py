@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -75,8 +76,11 @@ def call(command: list[str]) -> Outcome:
 
 
 @contextmanager
-def worker_here(order: random.Random | None = None) -> Iterator[None]:
-    """No Ray in the block: shards are made one after the other, with the pool's retries, in a random order if asked."""
+def worker_here(order: random.Random | None = None, job: ModuleType = trajectories) -> Iterator[None]:
+    """No Ray in the block: shards are made one after the other, with the pool's retries, in a random order if asked.
+
+    job: the command's module.
+    """
 
     def run_here(worker: Any, items: Any, pool: Any, on_result: Any, *, on_quarantine: Any) -> PoolReport[Any]:
         report, host = PoolReport[Any](workers_started=1, most_workers=1), Host(pool.retry_on)
@@ -90,6 +94,8 @@ def worker_here(order: random.Random | None = None) -> Iterator[None]:
             else:
                 on_result(item, outcome)
                 report.done += 1
+        if hasattr(host._worker, "close"):
+            host._worker.close()
         return report
 
     @contextmanager
@@ -97,8 +103,8 @@ def worker_here(order: random.Random | None = None) -> Iterator[None]:
         yield Session("nowhere", True, ())
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(trajectories, "run_pool", run_here)
-        patch.setattr(trajectories, "start_or_join", session)
+        patch.setattr(job, "run_pool", run_here)
+        patch.setattr(job, "start_or_join", session)
         yield
 
 
