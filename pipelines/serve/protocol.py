@@ -324,7 +324,7 @@ After a new prompt indices may jump: the frames between were made under the old 
 
 **Flow control.** The client says `seen` now and then (once per chunk is right). The server sends no more than
 `seen_within` seconds of frames ahead of it; then the stream stands still until the client has caught up. A client that
-never says `seen` gets that much and no more, and after the idle limit its stream ends.
+never says `seen` gets that much and no more, and after the idle limit its stream ends, "idle".
 
 **Pace.** Media comes at the pace of the playback, a moment ahead of it, so that a new prompt shows soon.
 

@@ -19,11 +19,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from prometheus_client.parser import text_string_to_metric_families
+from websockets.exceptions import ConnectionClosed
 
 from reelway.actors.generator import Student
 from reelway.cluster.session import Session
 from reelway.pipelines.serve.keys import make_key
 from reelway.pipelines.serve.protocol import INIT
+from reelway.pipelines.serve.session import REFUSALS
 from reelway.pipelines.video import VideoWriter
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -159,6 +161,25 @@ def test_many_prompts_at_once_are_one_and_too_many_are_refused(server: LocalServ
     assert _answered(viewer) == 30
     assert shown["text"].startswith(BLUE)
     assert viewer.code == 1000
+
+
+def test_a_thousand_prompts_a_second_end_their_own_stream_alone(
+    server: LocalServer, expected: list[np.ndarray]
+) -> None:
+    with server.viewer() as watcher, server.viewer() as viewer:
+        watcher.start()
+        viewer.start()
+        with contextlib.suppress(ConnectionClosed):  # the server does not listen to all of them
+            for number in range(1000):
+                viewer.say(type="prompt", text=f"{BLUE} {number}")
+        viewer.rest()
+        errors = [record for record in viewer.records if record["type"] == "error"]
+        assert {error["code"] for error in errors} == {"too_many_prompts"}
+        assert [error["recoverable"] for error in errors] == [True] * REFUSALS + [False]
+        assert viewer.code == 1008
+        watcher.chunks(3)
+        assert list(watcher.pictures) == list(range(len(watcher.pictures)))
+        check_pictures(watcher, expected)
 
 
 def _answered(viewer: Viewer) -> int:
@@ -328,6 +349,26 @@ def test_a_stream_outlives_its_worker(small_student: Path, tmp_path: Path, expec
         assert figures(server)["reelway_streams_moved_total"] == 1
 
 
+def test_students_are_served_side_by_side_by_their_names(small_student: Path, tmp_path: Path) -> None:
+    model = {"path": str(small_student), "size": SIZE, "threads": 1, "load": 1.0}
+    models = {"small": model, "other": {**model, "size": (48, 32)}}
+    with LocalServer(small_student, tmp_path, models=models) as server:
+        server.wait_until(lambda: all(row["ready"] for row in server.ask(server.pool.models())))
+        with server.viewer() as viewer:
+            viewer.say(**START)
+            (error,) = viewer.rest()
+            assert error["code"] == "unknown_model"
+            assert error["message"] == "model: must be one of small, other, got None"
+        with server.viewer() as one, server.viewer() as two:
+            assert [one.start(model="small")["height"], two.start(model="other")["height"]] == [SIZE[0], 48]
+            one.chunks(1)
+            two.chunks(1)
+            rows = answer(server, "/v1/models")[1]["data"]
+            assert [(row["id"], row["height"]) for row in rows] == [("small", SIZE[0]), ("other", 48)]
+            status = answer(server, "/v1/status")[1]
+            assert [status[name]["streams"] for name in models] == [1, 1]
+
+
 def test_who_has_no_place_waits_or_is_told(small_student: Path, tmp_path: Path) -> None:
     model = {"sessions": 1}
     with LocalServer(small_student, tmp_path, model=model, limits={"queue": 1}) as server, server.viewer() as first:
@@ -425,7 +466,7 @@ def test_garbage_gets_one_answer_and_touches_no_other_stream(server: LocalServer
     with server.viewer() as watcher:
         watcher.start()
 
-        @settings(max_examples=15, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+        @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
         @given(MESSAGES, st.booleans())
         def throw(message: str | bytes, running: bool) -> None:
             if is_sound(message):

@@ -166,7 +166,7 @@ def test_the_schema_holds_for_any_request(server: LocalServer, keys: list[tuple[
         operation = result.ok()
 
         @settings(
-            max_examples=4,
+            max_examples=12,
             deadline=None,
             derandomize=True,
             phases=[Phase.generate],
