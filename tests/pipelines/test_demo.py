@@ -124,6 +124,12 @@ def made(
     return out, result
 
 
+def made_again(result: Any) -> list[str]:
+    """Stages that a run began, by its own account."""
+    begun = [line for line in result.stderr.splitlines() if line.startswith("[") and "done before" not in line]
+    return [line.split()[1] for line in begun]
+
+
 def times(out: Path) -> dict[str, int]:
     files = (path for path in out.rglob("*") if path.is_file() and path.name not in ("log.txt", ".lock"))
     return {str(path.relative_to(out)): path.stat().st_mtime_ns for path in files}
@@ -162,24 +168,6 @@ def test_what_is_done_is_skipped(
 
 
 @pytest.mark.usefixtures("here")
-def test_a_changed_recipe_makes_again_what_depends_on_it(
-    made: tuple[Path, Any], models: list[str], tmp_path: Path
-) -> None:
-    out = tmp_path / "out"
-    shutil.copytree(made[0], out)
-    other = tmp_path / "recipe.yaml"
-    other.write_text(yaml.safe_dump({**SIZES, "minute": 2.0}))
-    result = run(out, models, other)
-    assert result.exit_code == 0, result.output
-    again = [
-        line.split()[1] for line in result.stderr.splitlines() if line.startswith("[") and "done before" not in line
-    ]
-    assert again == ["rollouts", "page"]
-    takes = json.loads((out / "work/rollouts/takes.json").read_text())
-    assert takes["minute"]["figures"]["frames"] == 32
-
-
-@pytest.mark.usefixtures("here")
 def test_what_was_removed_is_made_again(
     made: tuple[Path, Any], models: list[str], recipe: Path, tmp_path: Path
 ) -> None:
@@ -188,10 +176,7 @@ def test_what_was_removed_is_made_again(
     (out / "media" / "student-clip.mp4").unlink()
     (out / "work/speed/bench.json").unlink()
     result = run(out, models, recipe)
-    again = [
-        line.split()[1] for line in result.stderr.splitlines() if line.startswith("[") and "done before" not in line
-    ]
-    assert again == ["speed", "page"]
+    assert made_again(result) == ["speed", "page"]
     assert (out / "media" / "student-clip.mp4").is_file()
 
 
@@ -390,29 +375,32 @@ def test_two_demos_do_not_share_a_folder(small: Demo) -> None:
 
 
 @pytest.mark.usefixtures("here")
-def test_an_interrupted_rollout_leaves_no_half_video(
-    made: tuple[Path, Any], models: list[str], recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_changed_recipe_makes_again_what_depends_on_it_and_goes_on_after_a_stop(
+    made: tuple[Path, Any], models: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    out = tmp_path / "out"
+    """Stopped in the long stream: the clip before it is kept, no half video is left, and the rest is made then."""
+    out, other = tmp_path / "out", tmp_path / "recipe.yaml"
     shutil.copytree(made[0], out)
-    shutil.rmtree(out / "work/rollouts")
-    write, seen = rollouts.run, []
+    other.write_text(yaml.safe_dump({**SIZES, "minute": 2.0}))
+    write = rollouts.run
 
     def interrupted(order: Any, *arguments: Any) -> int:
-        seen.append(order.out.name)
-        if order.out.name == "minute.mp4":
-            return rollouts.INTERRUPTED
-        return write(order, *arguments)
+        return rollouts.INTERRUPTED if order.out.name == "minute.mp4" else write(order, *arguments)
 
     monkeypatch.setattr(rollouts, "run", interrupted)
-    result = run(out, models, recipe)
+    result = run(out, models, other)
     assert result.exit_code == 130
     assert "kept in" in result.stderr.splitlines()[-1]
+    assert made_again(result) == ["rollouts"]
     assert sorted(path.name for path in (out / "work/rollouts").glob("*.mp4")) == ["clip.mp4"]
     clip = (out / "work/rollouts/clip.mp4").stat().st_mtime_ns
     monkeypatch.setattr(rollouts, "run", write)
-    assert run(out, models, recipe).exit_code == 0
+    result = run(out, models, other)
+    assert result.exit_code == 0, result.output
+    assert made_again(result) == ["rollouts", "page"]
     assert (out / "work/rollouts/clip.mp4").stat().st_mtime_ns == clip
+    takes = json.loads((out / "work/rollouts/takes.json").read_text())
+    assert takes["minute"]["figures"]["frames"] == 32
 
 
 @pytest.mark.usefixtures("here")
