@@ -63,8 +63,11 @@ def _processes(options: argparse.Namespace, stage: int | None, folder: str) -> l
         )
         for rank in range(options.workers)
     ]
-    lines = [rank.communicate()[0].strip().splitlines()[-1] for rank in ranks]
-    return [tuple(json.loads(line)) for line in lines]
+    told = [rank.communicate()[0].strip().splitlines() for rank in ranks]
+    codes = [rank.returncode for rank in ranks]
+    if any(codes):
+        raise SystemExit(f"stage {stage}: the processes ended with {codes}")
+    return [tuple(json.loads(lines[-1])) for lines in told]
 
 
 def rank_of(given: dict[str, Any]) -> None:

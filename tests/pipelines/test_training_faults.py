@@ -54,6 +54,7 @@ def files_of(folder: Path) -> dict[str, bytes]:
 # --- One process --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.timeout(1200)
 def test_a_killed_command_goes_on_to_the_same_weights(small_teacher: Path, trajectories: str, tmp_path: Path) -> None:
     """SIGKILL at some moment after the second step, as the machine does it; then the same job again."""
     rng = random.Random(0)
@@ -66,7 +67,7 @@ def test_a_killed_command_goes_on_to_the_same_weights(small_teacher: Path, traje
     environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
     with subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         # Steps take long enough to be hit: where it ends by itself first, there is nothing to see.
-        assert wait_until(lambda: len(read_curve(run / "curve.jsonl")) >= 3 or process.poll() is not None, 240)
+        assert wait_until(lambda: len(read_curve(run / "curve.jsonl")) >= 3 or process.poll() is not None, 900)
         time.sleep(rng.uniform(0, 0.05))
         process.kill()
     assert process.returncode == -signal.SIGKILL
@@ -182,7 +183,8 @@ def test_a_run_whose_worker_is_killed_ends_with_the_weights_of_the_undisturbed_o
         if starter:
             starter.join()
     assert killer.struck, "nothing was killed"
-    assert "workers were lost: started again" in said
+    if killer.after:  # else the first ones may be gone before anybody heard of them
+        assert "workers were lost: started again" in said
     last = f"checkpoints/step-{STEPS:06d}"
     assert files_of(tmp_path / stage / last) == files_of(expected / last)
     for name in ("transformer/diffusion_pytorch_model.safetensors", "student.json"):
