@@ -28,9 +28,7 @@ from reelway.kernels.diffusion.noise import SampleKey, draw_noise
 from reelway.kernels.sprites.render import render
 from reelway.kernels.sprites.splits import sample_scene
 from reelway.kernels.wan import rotary
-from reelway.kernels.wan.vae import StreamingVAE
 
-VAE = Path(__file__).parents[2] / "assets" / "tiny" / "vae"
 SIZE = {"height": 32, "width": 32}
 RED, BLUE = "a small red star drifts left", "two blue circles on white"
 LEVEL = 2  # of grey: what float32 and the order of sums may cost
@@ -42,9 +40,8 @@ def student(small_student: Path) -> Student:
 
 
 @pytest.fixture(scope="module")
-def sharp(student: Student) -> Student:
-    """The student with the shipped VAE, whose pictures are those that it was given."""
-    return Student(student.transformer, student.encoder, StreamingVAE.from_pretrained(VAE), student.settings)
+def sharp(sharp_student: Path) -> Student:
+    return Student.from_pretrained(sharp_student)
 
 
 @pytest.fixture

@@ -33,11 +33,11 @@ SMALL = ("--height", 32, "--width", 32)
 
 
 @pytest.fixture
-def rollout(small_student: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+def rollout(sharp_student: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     """Runs the command with the small student; its exit code."""
 
     def run(*arguments: object) -> int:
-        command = ["reelway", "rollout", "--student", small_student, *arguments]
+        command = ["reelway", "rollout", "--student", sharp_student, *arguments]
         monkeypatch.setattr("sys.argv", [str(argument) for argument in command])
         with pytest.raises(SystemExit) as stopped:
             main()
@@ -47,8 +47,8 @@ def rollout(small_student: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.fixture(scope="module")
-def student(small_student: Path) -> Student:
-    return Student.from_pretrained(small_student)
+def student(sharp_student: Path) -> Student:
+    return Student.from_pretrained(sharp_student)
 
 
 @pytest.fixture(scope="module")
@@ -440,8 +440,8 @@ def prompts(tmp_path: Path) -> Path:
     return path
 
 
-def test_a_worker_makes_the_same_bytes_again(small_student: Path, prompts: Path, tmp_path: Path) -> None:
-    order = batch_order(small_student, prompts, tmp_path / "set")
+def test_a_worker_makes_the_same_bytes_again(sharp_student: Path, prompts: Path, tmp_path: Path) -> None:
+    order = batch_order(sharp_student, prompts, tmp_path / "set")
     console: Any = Quiet()
     job = rollout_batch._plan(order, None, console)
     assert [shard.items.num_rows for shard in job.shards] == [3, 1]
@@ -461,8 +461,8 @@ def test_a_worker_makes_the_same_bytes_again(small_student: Path, prompts: Path,
     assert worker._student.streams == []
 
 
-def test_a_poisoned_prompt_is_quarantined_beside_its_batch(small_student: Path, prompts: Path, tmp_path: Path) -> None:
-    order = batch_order(small_student, prompts, tmp_path / "set")
+def test_a_poisoned_prompt_is_quarantined_beside_its_batch(sharp_student: Path, prompts: Path, tmp_path: Path) -> None:
+    order = batch_order(sharp_student, prompts, tmp_path / "set")
     console: Any = Quiet()
     job = rollout_batch._plan(order, None, console)
     worker = RolloutWorker(job.out, order)
