@@ -207,14 +207,14 @@ def _told(figures: Entry) -> str:
     if clips is None:
         return "Nothing is evaluated yet."
     ((name, prompts),) = clips["prompts"].items()
-    sweep = clips["sweep"]
+    sweep, (length,) = clips["sweep"], clips["sweep"]["seconds"]
     told = (
         f"{prompts['count']} prompts of {name}, seeds {', '.join(map(str, clips['seeds']))}, "
-        f"{sweep['seconds']:g} s of {sweep['clip']['width']}x{sweep['clip']['height']}; {', '.join(clips['devices'])}."
+        f"{length:g} s of {sweep['clip']['width']}x{sweep['clip']['height']}; {', '.join(clips['devices'])}."
     )
     if long:
-        ((_, few),) = long["prompts"].items()
-        told += f" Long rollouts: {few['count']} prompts, {long['sweep']['seconds']:g} s."
+        ((_, few),), (length,) = long["prompts"].items(), long["sweep"]["seconds"]
+        told += f" Long rollouts: {few['count']} prompts, {length:g} s."
     return told
 
 

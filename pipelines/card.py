@@ -164,7 +164,7 @@ def _text(
         curves="![losses and scores](card/curves.png)\n\n" if curves else "",
         count=prompts,
         seeds=len(figures["protocol"]["clips"]["seeds"]),
-        seconds=f"{sweep['seconds']:g}",
+        seconds=f"{sweep['seconds'][0]:g}",
         heads="student | teacher" if teacher else "student",
         bars="---|---|" if teacher else "---|",
         scores="\n".join(_score_rows(student, teacher)),
@@ -231,7 +231,7 @@ def limits(figures: Entry, student: Entry) -> list[str]:
             f"Its videos of one prompt under different seeds are spread {share:.2f} times as far as its teacher's."
         )
     if drift:
-        seconds = figures["protocol"]["long"]["sweep"]["seconds"]
+        (seconds,) = figures["protocol"]["long"]["sweep"]["seconds"]
         told = f"{drift['mean']:.3f} times the Total of the first ({_bounds(drift)}; {drift['count']} prompts)"
         lines.append(f"Over rollouts of {seconds:g} s the last {END_SECONDS:g} s have {told}.")
         lines.append("Nothing longer was measured.")
