@@ -136,12 +136,21 @@ def small_student(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def sharp_teacher(small_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`small_teacher` with the shipped VAE, which costs four times as much: its videos show something."""
+    return _sharp(small_teacher, tmp_path_factory.mktemp("sharp") / "teacher")
+
+
+@pytest.fixture(scope="session")
 def sharp_student(small_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """`small_student` with the shipped VAE, which costs four times as much: it gives back the pictures it is given."""
+    """`small_student` with the shipped VAE: it gives back the pictures it is given."""
+    return _sharp(small_student, tmp_path_factory.mktemp("sharp") / "student")
+
+
+def _sharp(model: Path, folder: Path) -> Path:
     import shutil
 
-    folder = tmp_path_factory.mktemp("sharp") / "student"
-    shutil.copytree(small_student, folder)
+    shutil.copytree(model, folder)
     shutil.copytree(SHIPPED_VAE, folder / "vae", dirs_exist_ok=True)
     return folder
 

@@ -106,6 +106,7 @@ class _Fresh:
         return nullcontext()
 
 
+@pytest.mark.slow
 def test_zero_trains_in_ray_what_plain_torch_trains(ray_session: Session, tmp_path: Path) -> None:
     rows: list[dict[str, float]] = []
     report = run_training(train_stages, {"trouble": no_trouble}, hosted(tmp_path, "stages"), on_metrics=rows.append)
@@ -133,6 +134,7 @@ class HangsOnce:
             time.sleep(1000)
 
 
+@pytest.mark.slow
 def test_hanging_and_killed_workers_do_not_change_the_result(ray_session: Session, tmp_path: Path) -> None:
     """One run: rank 1 hangs and is named, all start again; then rank 0 is killed, all start again."""
     pids: list[float] = []
@@ -155,6 +157,7 @@ def test_hanging_and_killed_workers_do_not_change_the_result(ray_session: Sessio
     assert len({pid for pid in pids if pid}) == report.restarts + 1, "the workers of every start are new"
 
 
+@pytest.mark.slow
 def test_ctrl_c_keeps_the_step_and_the_same_run_goes_on(ray_session: Session, tmp_path: Path) -> None:
     def slow(update: int, host: TrainingHost) -> None:
         """In update 3, work until the interruption is known."""
@@ -184,6 +187,7 @@ def test_ctrl_c_keeps_the_step_and_the_same_run_goes_on(ray_session: Session, tm
     assert_equal(report.value)
 
 
+@pytest.mark.slow
 def test_a_users_mistake_on_one_rank_ends_the_run_at_once(ray_session: Session, tmp_path: Path) -> None:
     def mistaken(update: int, host: TrainingHost) -> None:
         if host.ranks.rank == 1:

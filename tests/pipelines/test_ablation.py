@@ -86,11 +86,11 @@ class Done:
 
 
 @pytest.fixture(scope="module")
-def order(small_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Ablation:
+def order(sharp_teacher: Path, tmp_path_factory: pytest.TempPathFactory) -> Ablation:
     folder = tmp_path_factory.mktemp("ablation")
     data = write_trajectories(folder / "trajectories")
     recipe = load_recipe(TINY, SETTINGS).model_dump(mode="json")
-    return Ablation(recipe, small_teacher, data, data, "sprites:train", folder / "run")
+    return Ablation(recipe, sharp_teacher, data, data, "sprites:train", folder / "run")
 
 
 @pytest.fixture(scope="module")
@@ -161,13 +161,13 @@ def test_models_say_their_size_and_kind(done: Done) -> None:
         assert settings.sampling == ("many-step" if name == "causal-teacher" else "few-step")
 
 
-def test_a_student_cannot_teach(done: Done, small_teacher: Path, tmp_path: Path) -> None:
+def test_a_student_cannot_teach(done: Done, sharp_teacher: Path, tmp_path: Path) -> None:
     job = done.ablation.job("causvid")
     assert isinstance(job, distill.DistillJob)
     wrong = replace(job, teacher=str(done.ablation.model("ode")), run=str(tmp_path))
     with pytest.raises(ValueError, match="a student of few steps cannot teach"):
         carry_out_here(wrong, "cpu")
-    nothing = replace(job, student=str(small_teacher), teacher=str(done.ablation.model("causal-teacher")))
+    nothing = replace(job, student=str(sharp_teacher), teacher=str(done.ablation.model("causal-teacher")))
     with pytest.raises(FileNotFoundError, match="not a student"):
         nothing.student_settings()
 

@@ -830,6 +830,7 @@ def test_two_zero_workers_train_what_one_plain_process_trains(
         carry_out(replace(hosted, engine="plain", recipe=resolved([*INITIALIZE, "initialize.steps=5"])))
 
 
+@pytest.mark.slow
 def test_distillation_runs_with_everything_sharded(
     ray_session: Any, small_teacher: Path, initialized: Path, trajectories: str, tmp_path: Path
 ) -> None:
