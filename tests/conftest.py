@@ -172,9 +172,9 @@ def _small_model(folder: Path, is_student: bool) -> Path:
     torch.manual_seed(0)
     config = replace(CONFIGS["tiny"], num_layers=1, ffn_dim=128)
     settings = StudentSettings(timesteps=(1000, 750), shift=3.0, window=6, sink=3) if is_student else None
+    encoder = tiny_text_encoder(VOCABULARY, config.text_dim)
+    write_model(folder, VideoTransformer(config), encoder, shift=3.0, student=settings)
     shipped = json.loads((SHIPPED_VAE / "config.json").read_text())
     thin = {name: value for name, value in shipped.items() if not name.startswith("_")} | {"base_dim": 8}
     StreamingVAE.from_config(thin).vae.save_pretrained(folder / "vae")
-    encoder = tiny_text_encoder(VOCABULARY, config.text_dim)
-    write_model(folder, VideoTransformer(config), encoder, shift=3.0, student=settings)
     return folder
