@@ -1,14 +1,10 @@
 """`reelway trajectories`: prompts in, shards out, whatever happens in between."""
 
 import json
-import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,7 +26,9 @@ from reelway.cluster.session import Session
 from reelway.cluster.shards import verify
 from reelway.cluster.storage import Storage
 from reelway.pipelines import trajectories
+from reelway.pipelines.making import PoolOptions, known_kind
 
+ROOT = Path(__file__).parents[2]
 PROMPTS = ["a small red star", "a large blue circle", "two shapes on white", "a small red star", "", "a green square"]
 SMALL = ["clip.height=32", "clip.width=32", "clip.frames=9", "trajectories.minimum_steps=4"]
 SMALL += ["trajectories.batch=2", "trajectories.per_shard=3", "student.window=6"]
@@ -49,8 +47,11 @@ Call = Callable[..., int]
 
 def call(teacher: Path, out: Path, *arguments: object, changes: tuple[str, ...] = ()) -> int:
     """The command in this process; its exit code."""
-    sets = [part for change in (*SMALL, *changes) for part in ("--set", change)]
-    command = ["--teacher", teacher, "--out", out, "--samples", 2, *arguments, *sets]
+    return run("--teacher", teacher, "--out", out, "--samples", 2, *arguments, changes=(*SMALL, *changes))
+
+
+def run(*arguments: object, changes: tuple[str, ...] = ()) -> int:
+    command = [*arguments, *(part for change in changes for part in ("--set", change))]
     try:
         status = trajectories.app([str(part) for part in command], standalone_mode=False)
     except typer.Exit as end:
@@ -251,6 +252,27 @@ def test_ctrl_c_says_what_is_kept(
     monkeypatch.setattr(trajectories, "run_pool", run_here)
     assert call(small_teacher, tmp_path / "set", "--prompts", prompts) == 0
     assert no_ray == SHARDS
+
+
+# --- The shipped teacher -------------------------------------------------------------------------------------------
+
+
+def test_the_documented_command_runs_on_the_shipped_teacher(
+    no_ray: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `docs/trajectories.md` has it, with two prompts and short paths."""
+    monkeypatch.chdir(ROOT)
+    text = (ROOT / "docs/trajectories.md").read_text()
+    line = re.search(
+        r"^ +reelway trajectories (--teacher assets/tiny --sprites )\d+( --out )runs/trajectories$", text, re.M
+    )
+    assert line is not None
+    words = f"{line[1]}2{line[2]}{tmp_path / 'set'}".split()
+    assert run(*words, "--validate", changes=("clip.frames=9", "student.window=6", "trajectories.minimum_steps=4")) == 0
+    output = capsys.readouterr().out
+    assert "1 shard, 2 samples, 0 quarantined" in output
+    assert "2 samples sound, 0 problems" in output
+    assert (tmp_path / "set/validate.png").exists()
 
 
 # --- Options -----------------------------------------------------------------------------------------------------
@@ -466,64 +488,6 @@ def test_a_folder_with_another_set_is_refused_and_not_touched(
 # --- On Ray ------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def ray_head(folder: Path) -> Iterator[dict[str, str]]:
-    """A Ray cluster of one node on the loopback address, ended with the block; the environment of its users."""
-    ports = {name: free_port() for name in ("port", "dashboard-port", "ray-client-server-port")}
-    ports["dashboard-agent-listen-port"] = free_port()
-    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": "0123456789abcdef" * 4}
-    environment |= {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0", "RAY_USAGE_STATS_ENABLED": "0", "HOME": str(folder)}
-    environment.pop("RAY_ADDRESS", None)
-    command = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2", "--num-gpus=0"]
-    command += [f"--{name}={port}" for name, port in ports.items()]
-    command += ["--dashboard-host=127.0.0.1", f"--temp-dir={folder}", "--object-store-memory=104857600"]
-    with (folder / "log").open("w") as log:
-        head = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-        try:
-            wait_for_port(ports["dashboard-port"], head, folder / "log")
-            yield environment | {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports['dashboard-port']}"}
-        finally:
-            head.terminate()
-            head.wait(30)
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def wait_for_port(port: int, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    deadline = time.monotonic() + 120
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) == 0:
-                return
-        time.sleep(0.2)
-    pytest.fail(f"no dashboard after two minutes: {log.read_text()}")
-
-
-@pytest.mark.ray
-@pytest.mark.skipif(sys.platform != "linux", reason="needs a short path for Ray's sockets")
-def test_it_runs_as_a_submitted_job(made: Path, small_teacher: Path, prompts: Path, tmp_path: Path) -> None:
-    """Without the shared Ray: on a cluster of its own, through `ray job submit`, as on a real one."""
-    assert not ray.is_initialized()
-    sets = [part for change in SMALL for part in ("--set", change)]
-    job = [sys.executable, "-m", "reelway.pipelines.cli", "trajectories", "--teacher", str(small_teacher)]
-    job += ["--prompts", str(prompts), "--out", str(tmp_path / "set"), "--samples", "2", "--address", "auto", *sets]
-    folder = tempfile.mkdtemp(prefix="rw-", dir="/tmp")
-    try:
-        with ray_head(Path(folder)) as environment:
-            submit = [str(Path(sys.executable).with_name("ray")), "job", "submit", "--", *job]
-            done = subprocess.run(submit, env=environment, capture_output=True, text=True, timeout=300)
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "3 shards, 8 samples, 0 quarantined" in done.stdout
-    assert content(tmp_path / "set") == content(made)
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 def test_any_number_of_workers_gives_the_same_bytes(
     ray_session: Session,
@@ -538,13 +502,26 @@ def test_any_number_of_workers_gives_the_same_bytes(
     """With two of them the driver does not know the device, as on a head without a GPU, and has to ask."""
     out = tmp_path / "set"
     if workers == 2:
-        monkeypatch.setattr(trajectories, "known_kind", lambda out, device: None)
+        monkeypatch.setattr(trajectories, "known_kind", lambda *_: None)
     assert call(small_teacher, out, "--prompts", prompts, "--workers", workers) == 0
     assert content(out) == content(made)
     output = capsys.readouterr()
     assert re.search(rf"made now: 3 shards, 8 samples, .* with up to {workers} worker", output.out)
     assert "trajectories: 3/3 done" in output.err
     assert ray.is_initialized()
+
+
+def test_a_chosen_type_of_gpu_is_not_taken_from_the_drivers_machine(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "the head's own")
+    new, begun = Storage.open(tmp_path / "set"), Storage.open(made)
+    assert known_kind(new, "cuda") == "the head's own"
+    assert known_kind(new, "cuda", "A100") is None
+    assert known_kind(begun, "cuda", "A100") == read_dataset(begun).made_by["device"]
+    options = PoolOptions.parse(None, "cuda", None, 1, False, "A100")
+    assert (options.requirements(0, 4).accelerator, options.requirements(0, 4).one_kind) == ("A100", True)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
