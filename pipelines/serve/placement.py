@@ -127,7 +127,8 @@ class Queue:
 class Member:
     """A worker as the pool knows it. state "retiring": takes no more streams and ends with its last one.
 
-    figures: its latest `StreamWorker.stats`. missed: calls for them in a row that gave no answer.
+    figures: its latest `StreamWorker.stats`. missed: calls for them in a row that gave no answer. took, freed: streams
+    that came and went, and when, which an answer that is on its way may not know of.
     """
 
     id: str
@@ -139,6 +140,26 @@ class Member:
     streams: set[str] = field(default_factory=set)
     figures: dict[str, Any] = field(default_factory=dict)
     missed: int = 0
+    took: dict[str, float] = field(default_factory=dict)
+    freed: dict[str, float] = field(default_factory=dict)
+
+    def take(self, stream: str, now: float) -> None:
+        """A stream was placed here."""
+        self.streams.add(stream)
+        self.freed.pop(stream, None)
+        self.took[stream] = now
+
+    def free(self, stream: str, now: float) -> None:
+        """A stream has left."""
+        self.streams.discard(stream)
+        self.took.pop(stream, None)
+        self.freed[stream] = now
+
+    def hear(self, here: list[str], asked: float) -> None:
+        """The worker says which streams it has; what came or went since it was asked is not in its words."""
+        self.took = {stream: when for stream, when in self.took.items() if when >= asked}
+        self.freed = {stream: when for stream, when in self.freed.items() if when >= asked}
+        self.streams = (set(here) | self.took.keys()) - self.freed.keys()
 
     @property
     def load(self) -> float:
@@ -222,10 +243,10 @@ class Fleet:
             self.counts["died"] += 1
             self.error = f"worker {member.id}: {reason}"
 
-    def update(self, member: Member, figures: dict[str, Any]) -> None:
-        """Take over what a worker says of itself."""
+    def update(self, member: Member, figures: dict[str, Any], asked: float = 0.0) -> None:
+        """Take over what a worker says of itself. asked: when it was."""
         member.figures, member.missed = figures, 0
-        member.streams = set(figures["here"])
+        member.hear(figures["here"], asked)
 
     # --- Scaling ---------------------------------------------------------------------------------------------------
 

@@ -124,7 +124,7 @@ class Pool:
         """A stream has ended, or its viewer is gone: free it wherever it is."""
         for fleet in self.fleets.values():
             for member in [member for member in fleet.members.values() if stream in member.streams]:
-                member.streams.discard(stream)
+                member.free(stream, time.monotonic())
                 await self._quietly(member, "close", stream)
 
     async def models(self) -> list[dict[str, Any]]:
@@ -184,7 +184,7 @@ class Pool:
         """Ask the workers one after the other; None where none has room now."""
         for member in fleet.of("retiring", "draining"):
             if order.stream in member.streams:  # its viewer came back before it had heard that the stream moves
-                member.streams.discard(order.stream)
+                member.free(order.stream, time.monotonic())
                 await self._quietly(member, "close", order.stream)
         outcomes = []
         for member in fleet.candidates(order.stream):
@@ -219,7 +219,7 @@ class Pool:
                 return Refused(str(error))
             else:
                 assert member.info is not None
-                member.streams.add(order.stream)
+                member.take(order.stream, time.monotonic())
                 return Placed(member.handle, member.id, member.info, begins)
         return refused
 
@@ -281,6 +281,7 @@ class Pool:
             await asyncio.sleep(TICK)
 
     async def _look(self, fleet: Fleet, member: Member) -> None:
+        asked = time.monotonic()
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 figures = await self.hands.call(member.handle, "stats")
@@ -292,7 +293,7 @@ class Pool:
             reason = f"{type(error).__name__}: {error}"
             self._unreachable(fleet, member, WorkerGone(reason, dead=False))
         else:
-            fleet.update(member, figures)
+            fleet.update(member, figures, asked)
             if figures["broken"]:
                 self._unreachable(fleet, member, WorkerGone(figures["broken"]))
 

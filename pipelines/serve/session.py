@@ -461,8 +461,6 @@ class LiveSession:
         self._metrics.sessions.dec()
         if self._is_slow:
             self._metrics.slow.dec()
-        if _live.get(self._opened.record.stream) is self:
-            del _live[self._opened.record.stream]
         try:
             async with asyncio.timeout(LEAVE_SECONDS):
                 if self._source is not None:
@@ -472,7 +470,9 @@ class LiveSession:
                     await self._keep_or_forget()
         except (OSError, TimeoutError):
             traceback.print_exc()
-        finally:
+        finally:  # until now `take_over` waits: who comes back would else be freed with this session
+            if _live.get(self._opened.record.stream) is self:
+                del _live[self._opened.record.stream]
             self.left.set()
 
     async def _keep_or_forget(self) -> None:

@@ -21,6 +21,8 @@ from reelway.pipelines.serve.protocol import PATH, SUBPROTOCOL
 
 from .serving import PATIENCE, START, LocalServer
 
+pytestmark = pytest.mark.alone
+
 WAYS = ("stops", "closes", "vanishes", "vanishes at once", "comes back", "sends garbage", "says nothing")
 GROWTH = 48 << 20  # bytes that the process may have grown by: a stream has set aside 0.5 MB or more
 MEGABYTE = 1 << 20

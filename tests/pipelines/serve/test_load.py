@@ -24,6 +24,8 @@ from reelway.pipelines.serve.viewers import Kind, Ledger, Plan, frames_in
 from .serving import LocalServer
 from .stand_in import SIDE, StandIn
 
+pytestmark = pytest.mark.alone
+
 PROMPTS = ("a large red circle circling fast on black", "a big yellow star bouncing slowly on navy")
 
 

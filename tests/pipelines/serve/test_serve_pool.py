@@ -378,6 +378,43 @@ def test_a_worker_that_cannot_say_how_it_is_is_replaced(quick: None, monkeypatch
     play(body)
 
 
+def test_an_answer_from_before_a_stream_came_or_went_changes_nothing_of_it(
+    quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker says what it has, a stream is placed or leaves, and only then the worker's words arrive."""
+    monkeypatch.setattr(pool_module, "ANSWER_SECONDS", 60.0)
+
+    async def body(pool: Pool, hands: PlayedHands) -> None:
+        [worker], [member] = hands.started, pool.fleets[MODEL].of("ready")
+        looking, arrives = asyncio.Semaphore(0), asyncio.Semaphore(0)
+        stats = worker.stats
+
+        async def slow() -> dict[str, Any]:
+            figures = await stats()
+            looking.release()
+            await arrives.acquire()
+            return figures
+
+        async def words_arrive() -> None:
+            arrives.release()
+            await looking.acquire()  # of the next ones, which are still on their way
+
+        monkeypatch.setattr(worker, "stats", slow)
+        await looking.acquire()
+        await placed(pool, "one")
+        await words_arrive()
+        assert member.streams == {"one"}
+        await pool.left("one")
+        assert worker.here == {}
+        await words_arrive()
+        assert member.streams == set()
+        await words_arrive()
+        assert (member.streams, member.took, member.freed) == (set(), {}, {})
+        arrives.release()
+
+    play(body, sessions=2)
+
+
 def test_a_dead_worker_is_replaced_and_its_streams_come_before_those_who_wait(quick: None) -> None:
     async def body(pool: Pool, hands: PlayedHands) -> None:
         await placed(pool, "one")

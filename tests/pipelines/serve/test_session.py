@@ -11,6 +11,8 @@ from reelway.pipelines.serve.backend import PlacedStream
 from reelway.pipelines.serve.placement import Placed
 from reelway.pipelines.serve.session import LiveSession
 
+pytestmark = pytest.mark.alone
+
 
 class Answering:
     """Workers of which each call is answered when `answer` is set."""

@@ -16,6 +16,8 @@ from reelway.actors.scheduler import Busy, Piece, StreamOrder, TooSlow, Turn
 from reelway.pipelines.serve import worker as worker_module
 from reelway.pipelines.serve.worker import Moved, Moving, StreamWorker, WorkerSettings
 
+pytestmark = pytest.mark.alone
+
 RED, BLUE = "a small red star drifts left", "two blue circles on white"
 STREAM = "one"
 BLOCK = 12  # frames of every block but the first, which has 9
