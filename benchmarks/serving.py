@@ -32,7 +32,6 @@ from reelway.pipelines.serve.load import make_crew, make_report, quantiles, stre
 from reelway.pipelines.serve.protocol import FRAGMENT, PATH, SUBPROTOCOL, unpack
 from reelway.pipelines.serve.viewers import Plan, Viewer, frames_in
 
-RATE: Final = 16.0
 PROMPTS: Final = (
     "a large red circle circling fast on black",
     "a big yellow star bouncing slowly on navy",
@@ -118,14 +117,14 @@ async def watching(url: str, seed: int, **order: Any) -> AsyncIterator[Watch]:
 # --- What is measured ------------------------------------------------------------------------------------------------
 
 
-async def first_frames(url: str, result: Result) -> None:
+async def first_frames(url: str, rate: float, result: Result) -> None:
     """From `start` to the first picture, one stream after the other."""
     seconds = []
     for seed in range(STARTS):
         async with connect(url.replace("http", "ws", 1) + PATH, subprotocols=[SUBPROTOCOL], compression=None) as socket:  # type: ignore[list-item]
             watch = Watch(socket)
             began = time.monotonic()
-            await watch.say(type="start", version=1, prompt=PROMPTS[seed % len(PROMPTS)], seed=seed, frame_rate=RATE)
+            await watch.say(type="start", version=1, prompt=PROMPTS[seed % len(PROMPTS)], seed=seed, frame_rate=rate)
             await watch.until(lambda record: record is None)
             seconds.append(time.monotonic() - began)
             await watch.say(type="stop")
@@ -140,15 +139,16 @@ async def first_frames(url: str, result: Result) -> None:
     )
 
 
-async def one_viewer(url: str, minutes: float, result: Result) -> None:
+async def one_viewer(url: str, rate: float, minutes: float, result: Result) -> None:
     """A viewer at the playback's pace."""
-    plan = Plan(stream_address(url), 60 * minutes, PROMPTS, frame_rate=RATE)
+    plan = Plan(stream_address(url), 60 * minutes, PROMPTS, frame_rate=rate)
     crew = make_crew(plan, 1, seed=1)
     await watch_all(crew, plan.seconds, lambda _: None)
     report = make_report(plan, crew, seed=1)
     result.details["one_viewer"] = report
-    rate, chunks = report["frames_per_second"]["p50"] or 0.0, report["chunks"]
-    result.add(f"one viewer for {minutes:g} min: frames per second", f"{rate:.2f}", f"{RATE:g}", rate >= 0.99 * RATE)
+    reached, chunks = report["frames_per_second"]["p50"] or 0.0, report["chunks"]
+    name = f"one viewer for {minutes:g} min: frames per second"
+    result.add(name, f"{reached:.2f}", f"{rate:g}", reached >= 0.99 * rate)
     result.add(
         f"chunks in time, of {chunks['count']}",
         f"{100 * (chunks['in_time'] or 0):.2f} %",
@@ -160,10 +160,10 @@ async def one_viewer(url: str, minutes: float, result: Result) -> None:
         result.add("gap between chunks, p50 / p95 / p99", f"{gap['p50']:.3f} / {gap['p95']:.3f} / {gap['p99']:.3f} s")
 
 
-async def prompt_switches(url: str, result: Result) -> None:
+async def prompt_switches(url: str, rate: float, result: Result) -> None:
     """From a new prompt to the first frame under it: in blocks after the one that was being shown, and in seconds."""
     blocks, seconds, dice = [], [], random.Random(0)
-    async with watching(url, 2, frame_rate=RATE) as watch:
+    async with watching(url, 2, frame_rate=rate) as watch:
         await watch.chunks(2)
         for turn in range(SWITCHES):
             text, showing = (
@@ -187,9 +187,9 @@ async def prompt_switches(url: str, result: Result) -> None:
     result.add("new prompt to first changed frame, median and worst", f"{found['p50']:.3f} and {found['max']:.3f} s")
 
 
-async def full_house(url: str, hold: float, result: Result) -> None:
+async def full_house(url: str, rate: float, hold: float, result: Result) -> None:
     """Viewers come one after the other until one has to wait; then all watch. At the end one leaves."""
-    plan = Plan(stream_address(url), 3600.0, PROMPTS, frame_rate=RATE)
+    plan = Plan(stream_address(url), 3600.0, PROMPTS, frame_rate=rate)
     viewers: list[Viewer] = []
     tasks: list[asyncio.Task[None]] = []
     try:
@@ -206,8 +206,9 @@ async def full_house(url: str, hold: float, result: Result) -> None:
         asked = time.monotonic()
         state, refused = last.ledger.state, last.ledger.refused
         tasks[0].cancel()
-        moved_up = state == "queued" and await _is_let_in(last)
-        waited = time.monotonic() - asked
+        while not last.ledger.frames and time.monotonic() - asked < PATIENCE and state == "queued":
+            await asyncio.sleep(0.05)
+        moved_up, waited = last.ledger.frames > 0, time.monotonic() - asked
     finally:
         for task in tasks:
             task.cancel()
@@ -259,9 +260,9 @@ def bare_rate(student: Student, seconds: float) -> float:
         return frames / (time.perf_counter() - began)
 
 
-async def served_rate(url: str, seconds: float) -> float:
+async def served_rate(url: str, rate: float, seconds: float) -> float:
     """Frames per second of one stream that is not paced, as they come out of the socket."""
-    async with watching(url, 3, frame_rate=RATE) as watch:
+    async with watching(url, 3, frame_rate=rate) as watch:
         warm = time.monotonic() + WARM_SECONDS
         await watch.until(lambda _: time.monotonic() > warm and watch.chunk >= 6)
         chunk = watch.chunk
@@ -272,14 +273,14 @@ async def served_rate(url: str, seconds: float) -> float:
         return (watch.frames - frames) / (time.monotonic() - began)
 
 
-def overhead(url: str, folder: Path, threads: int, seconds: float, result: Result) -> None:
+def overhead(url: str, folder: Path, threads: int, rate: float, seconds: float, result: Result) -> None:
     """In turns, so that a machine whose speed drifts does so for both."""
     torch.set_num_threads(threads)
     student = Student.from_pretrained(folder)
     bare, served = [], []
     for _ in range(3):
         bare.append(bare_rate(student, seconds / 3))
-        served.append(asyncio.run(served_rate(url, seconds / 3)))
+        served.append(asyncio.run(served_rate(url, rate, seconds / 3)))
     lost = 1 - statistics.median(served) / statistics.median(bare)
     result.details["overhead"] = {"bare": bare, "served": served, "lost": lost, "threads": threads}
     result.add("bare loop, frames per second, median of 3", f"{statistics.median(bare):.1f}")
@@ -329,21 +330,24 @@ def main(
     minutes: Annotated[float, typer.Option(min=0.1, help="That one viewer watches.")] = 2.0,
     hold: Annotated[float, typer.Option(min=5, help="Seconds that a full house watches.")] = 30.0,
     full_speed: Annotated[float, typer.Option(min=3, help="Seconds of each way of the overhead.")] = 24.0,
+    frame_rate: Annotated[float, typer.Option(min=1, max=60, help="Of the playback; lower on a busy machine.")] = 16.0,
     report: Annotated[Path | None, typer.Option("--json", help="Also write all figures here.")] = None,
 ) -> None:
     """Measure, print a table, and write the figures."""
     threads = max(1, (os.cpu_count() or 1) - 1)  # one core is the gateway's, as `reelway serve` has it
     model = {"path": str(student.absolute()), "threads": threads, "cpus": float(threads)}
-    result = Result(details={"machine": machine(), "student": str(student), "minutes": minutes})
+    result = Result(
+        details={"machine": machine(), "student": str(student), "minutes": minutes, "frame_rate": frame_rate}
+    )
     with Server({"models": {"student": model}}) as server:
         result.add("from the command to the open page", f"{server.starting:.1f} s")
-        asyncio.run(first_frames(server.url, result))
-        asyncio.run(one_viewer(server.url, minutes, result))
-        asyncio.run(prompt_switches(server.url, result))
-        asyncio.run(full_house(server.url, hold, result))
+        asyncio.run(first_frames(server.url, frame_rate, result))
+        asyncio.run(one_viewer(server.url, frame_rate, minutes, result))
+        asyncio.run(prompt_switches(server.url, frame_rate, result))
+        asyncio.run(full_house(server.url, frame_rate, hold, result))
         result.details["status"] = server.status()
     with Server({"models": {"student": {**model, "load": 1.0}}, "lead_seconds": EAGER}) as server:
-        overhead(server.url, student, threads, full_speed, result)
+        overhead(server.url, student, threads, frame_rate, full_speed, result)
     batching(student, threads, result)
     print(f"\n{table(result)}")
     if report is not None:
