@@ -37,15 +37,15 @@ FIRST, CHUNK = 9, 12  # frames of the first chunk, and of every other one
 
 
 @pytest.fixture(scope="module")
-def server(small_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
-    with LocalServer(small_student, tmp_path_factory.mktemp("state")) as server:
+def server(sharp_student: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalServer]:
+    with LocalServer(sharp_student, tmp_path_factory.mktemp("state")) as server:
         yield server
 
 
 @pytest.fixture(scope="module")
-def expected(small_student: Path) -> list[np.ndarray]:
+def expected(sharp_student: Path) -> list[np.ndarray]:
     """Frames of the bare stream."""
-    with Student.from_pretrained(small_student).open(PROMPT, height=SIZE[0], width=SIZE[1]) as stream:
+    with Student.from_pretrained(sharp_student).open(PROMPT, height=SIZE[0], width=SIZE[1]) as stream:
         return [frame for _ in range(4) for frame in stream.next_chunk()]
 
 
@@ -128,9 +128,9 @@ def test_a_prompt_is_seen_from_the_next_block_on(server: LocalServer) -> None:
     assert found["reelway_first_frame_seconds_count"] >= 1
 
 
-def test_what_waits_of_the_old_prompt_is_dropped(small_student: Path, tmp_path: Path) -> None:
+def test_what_waits_of_the_old_prompt_is_dropped(sharp_student: Path, tmp_path: Path) -> None:
     """The first five frames go out at once, the next ones a while later: by then they are of the new prompt."""
-    with LocalServer(small_student, tmp_path, lead_seconds=6.0) as server, server.viewer() as viewer:
+    with LocalServer(sharp_student, tmp_path, lead_seconds=6.0) as server, server.viewer() as viewer:
         viewer.start(frame_rate=0.5, media="mp4")
         server.wait_until(lambda: figures(server)["reelway_frames_total"] == 5)
         viewer.say(type="prompt", text=BLUE)
@@ -321,8 +321,8 @@ def test_an_uploaded_video_outlives_its_socket(server: LocalServer, tmp_path: Pa
         assert np.abs(read(picture) - read(whole.pictures[index])).mean() < 3, index
 
 
-def test_a_stream_outlives_its_worker(small_student: Path, tmp_path: Path, expected: list[np.ndarray]) -> None:
-    with LocalServer(small_student, tmp_path, model={"min_workers": 2, "max_workers": 2}) as server:
+def test_a_stream_outlives_its_worker(sharp_student: Path, tmp_path: Path, expected: list[np.ndarray]) -> None:
+    with LocalServer(sharp_student, tmp_path, model={"min_workers": 2, "max_workers": 2}) as server:
         with server.viewer() as viewer:
             viewer.start()
             viewer.chunks(2)
@@ -338,7 +338,7 @@ def test_a_stream_outlives_its_worker(small_student: Path, tmp_path: Path, expec
         dropped = range(shown["frame"] - shown["flushed"], shown["frame"])
         assert indices == [index for index in range(indices[-1] + 1) if index not in dropped]
         check_pictures(viewer, expected[: dropped.start])
-        student = Student.from_pretrained(small_student)
+        student = Student.from_pretrained(sharp_student)
         with student.open(PROMPT, height=SIZE[0], width=SIZE[1]) as stream:
             frames: list[np.ndarray] = []
             for block in range(shown["block"] + 3):
@@ -349,10 +349,10 @@ def test_a_stream_outlives_its_worker(small_student: Path, tmp_path: Path, expec
         assert figures(server)["reelway_streams_moved_total"] == 1
 
 
-def test_students_are_served_side_by_side_by_their_names(small_student: Path, tmp_path: Path) -> None:
-    model = {"path": str(small_student), "size": SIZE, "threads": 1, "load": 1.0}
+def test_students_are_served_side_by_side_by_their_names(sharp_student: Path, tmp_path: Path) -> None:
+    model = {"path": str(sharp_student), "size": SIZE, "threads": 1, "load": 1.0}
     models = {"small": model, "other": {**model, "size": (48, 32)}}
-    with LocalServer(small_student, tmp_path, models=models) as server:
+    with LocalServer(sharp_student, tmp_path, models=models) as server:
         server.wait_until(lambda: all(row["ready"] for row in server.ask(server.pool.models())))
         with server.viewer() as viewer:
             viewer.say(**START)
@@ -369,9 +369,9 @@ def test_students_are_served_side_by_side_by_their_names(small_student: Path, tm
             assert [status[name]["streams"] for name in models] == [1, 1]
 
 
-def test_who_has_no_place_waits_or_is_told(small_student: Path, tmp_path: Path) -> None:
+def test_who_has_no_place_waits_or_is_told(sharp_student: Path, tmp_path: Path) -> None:
     model = {"sessions": 1}
-    with LocalServer(small_student, tmp_path, model=model, limits={"queue": 1}) as server, server.viewer() as first:
+    with LocalServer(sharp_student, tmp_path, model=model, limits={"queue": 1}) as server, server.viewer() as first:
         first.start()
         with server.viewer() as second, server.viewer() as third:
             second.say(**START)
@@ -486,10 +486,10 @@ def test_garbage_gets_one_answer_and_touches_no_other_stream(server: LocalServer
     server.wait_until(lambda: server.streams() == 0)
 
 
-def test_keys_guard_everything_but_health(small_student: Path, tmp_path: Path) -> None:
+def test_keys_guard_everything_but_health(sharp_student: Path, tmp_path: Path) -> None:
     (key, hashed), (other, other_hash) = make_key(), make_key()
     limits = {"sessions_per_key": 1}
-    with LocalServer(small_student, tmp_path, keys=[hashed, other_hash], limits=limits) as server:
+    with LocalServer(sharp_student, tmp_path, keys=[hashed, other_hash], limits=limits) as server:
         for wrong in ({}, {"key": "rw-wrong"}, {"subprotocols": ("reelway.v1", "reelway.key.rw-wrong")}):
             with server.viewer(**wrong) as viewer:  # type: ignore[arg-type]
                 assert [record["code"] for record in viewer.rest()] == ["wrong_key"]
@@ -603,7 +603,7 @@ def test_a_body_over_the_limit_is_refused_before_it_is_read(server: LocalServer)
 
 @pytest.mark.ray
 def test_a_server_on_ray_serve(
-    ray_session: Session, small_student: Path, tmp_path: Path, expected: list[np.ndarray]
+    ray_session: Session, sharp_student: Path, tmp_path: Path, expected: list[np.ndarray]
 ) -> None:
     import socket
 
@@ -615,7 +615,7 @@ def test_a_server_on_ray_serve(
 
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    model = {"path": str(small_student), "size": SIZE, "threads": 1, "load": 1.0, "cpus": 1}
+    model = {"path": str(sharp_student), "size": SIZE, "threads": 1, "load": 1.0, "cpus": 1}
     config = ServeConfig.model_validate(
         {"models": {"small": model}, "state": str(tmp_path), "port": port, "lead_seconds": 1e6}
     )

@@ -32,10 +32,10 @@ def keys() -> list[tuple[str, str]]:
 
 @pytest.fixture(scope="module")
 def server(
-    small_student: Path, tmp_path_factory: pytest.TempPathFactory, keys: list[tuple[str, str]]
+    sharp_student: Path, tmp_path_factory: pytest.TempPathFactory, keys: list[tuple[str, str]]
 ) -> Iterator[LocalServer]:
     folder, hashes = tmp_path_factory.mktemp("state"), [hashed for _, hashed in keys]
-    with LocalServer(small_student, folder, keys=hashes, limits={"video_seconds": 4, "videos_per_key": 2}) as server:
+    with LocalServer(sharp_student, folder, keys=hashes, limits={"video_seconds": 4, "videos_per_key": 2}) as server:
         yield server
 
 
@@ -144,15 +144,15 @@ def test_a_wrong_key_is_refused(server: LocalServer) -> None:
 
 
 def test_another_gateway_goes_on_with_a_job(
-    small_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sharp_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(videos_module, "ABANDONED", 0.0)
-    with LocalServer(small_student, tmp_path, model={"sessions": 1}) as server, server.viewer() as viewer:
+    with LocalServer(sharp_student, tmp_path, model={"sessions": 1}) as server, server.viewer() as viewer:
         viewer.start()  # the only place is taken: the job cannot begin before the server ends
         asking = client(server, "any")
         ordered = asking.videos.create(prompt=PROMPT, seconds="0.5", size="32x32")
         assert asking.videos.retrieve(ordered.id).status == "queued"
-    with LocalServer(small_student, tmp_path) as again:
+    with LocalServer(sharp_student, tmp_path) as again:
         video = finished(client(again, "any"), ordered.id)
         assert video.status == "completed"
         assert len(frames_of(client(again, "any").videos.download_content(ordered.id).read())) == FRAME_RATE // 2
