@@ -259,10 +259,10 @@ class Videos:
                 await asyncio.to_thread(writer.write, piece.frames[stream.next - piece.first :])
                 stream.next = piece.end
             await self._note_progress(job, math.floor(100 * stream.next / frames))
-            if taken.state == "failed":
-                raise RuntimeError(f"video {job.video.id}: {taken.reason}")
             if stream.next >= frames:
                 return
+            if taken.state != "running":  # a stream that has ended gives the same answer for ever
+                raise RuntimeError(f"video {job.video.id}: {taken.state} at frame {stream.next}: {taken.reason}")
 
     async def _note_progress(self, job: Job, progress: int) -> None:
         if progress >= job.video.progress + PROGRESS_STEP:
