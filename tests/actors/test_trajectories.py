@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -36,6 +36,7 @@ from reelway.cluster.storage import Storage
 from reelway.kernels.diffusion.noise import SampleKey, draw_noise
 from reelway.kernels.diffusion.sampler import recording_grid
 from reelway.kernels.diffusion.schedule import warp
+from reelway.kernels.wan.text import TextEncoder
 
 PROMPTS = ["a small red star drifts left over a navy background", "a large blue circle", "two shapes on white"]
 RECORD = (*warp([1000, 750, 500, 250], shift=3.0), 0.0)
@@ -142,6 +143,25 @@ def test_the_negative_prompt_steers(small_teacher: Path, samples: list[dict[str,
     path = samples[0][TRAJECTORY]["latents"]
     assert torch.equal(other[TRAJECTORY]["latents"][0], path[0])
     assert float((other[TRAJECTORY]["latents"][-1] - path[-1]).abs().max()) > 1e-3
+
+
+def test_both_passes_are_one_batch_and_the_negative_prompt_is_encoded_once(
+    small_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoded: list[list[str]] = []
+    forward = TextEncoder.forward
+
+    def noted(self: TextEncoder, prompts: Sequence[str]) -> Any:
+        encoded.append(list(prompts))
+        return forward(self, prompts)
+
+    monkeypatch.setattr(TextEncoder, "forward", noted)
+    worker, passes = worker_of(small_teacher, tmp_path), list[int]()
+    worker.teacher.transformer.register_forward_pre_hook(lambda _, given: passes.append(len(given[0])))
+    list(worker.samples(planned()))
+    assert [text for batch in encoded for text in batch].count("a large red square") == 1
+    assert encoded[-2:] == [PROMPTS[:2], PROMPTS[2:]]
+    assert passes == [4] * 8 + [2] * 8  # of a batch of two prompts, then of one: eight steps each
 
 
 def test_text_embeddings_are_the_encoders_rows_without_padding(small_teacher: Path, tmp_path: Path) -> None:

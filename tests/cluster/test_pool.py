@@ -11,13 +11,14 @@ import uuid
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import ray
 from ray import cloudpickle
 
-from reelway.cluster import pool, pool_host
+from reelway.cluster import pool, pool_host, progress
 from reelway.cluster.pool import PoolReport, PoolSettings, WorkerStartError, run_pool
 from reelway.cluster.pool_host import Place, fetch_tail
 from reelway.cluster.preflight import Requirements
@@ -320,27 +321,51 @@ def test_running_items_are_cancelled_after_the_grace_period(ray_session: Session
 # --- What is told --------------------------------------------------------------------------------------------
 
 
-def test_progress_says_rate_and_time_left_in_one_line() -> None:
+def test_progress_says_rate_and_time_left_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 100.0
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now))
     stream, counts = io.StringIO(), Counts(total=40)
-    progress = RunProgress("shards", counts, every=0.0, stream=stream)
+    shown = RunProgress("shards", counts, every=0.0, stream=stream)
+    now += 60  # the start, which the rate leaves out
     counts.workers = 3
-    progress.update()
-    time.sleep(0.1)
+    shown.update()
+    now += 5
     counts.done, counts.failed, counts.retried, counts.starting = 9, 1, 2, 1
-    progress.note("item 4 quarantined")
-    progress.close()
+    shown.note("item 4 quarantined")
+    shown.close()
     first, note, last = stream.getvalue().splitlines()
     assert first == "shards: 0/40 done, 3 workers"
     assert note == "shards: item 4 quarantined"
-    assert last.startswith("shards: 9/40 done, 1 failed, 2 retried, 3 workers (1 starting), ")
-    rate = float(last.split(", ")[4].removesuffix(" items/s"))
-    assert 50 < rate < 101  # 10 items in a tenth of a second and a little
-    assert last.endswith(", 0:00:00 left")
+    counted = "shards: 9/40 done, 1 failed, 2 retried, 3 workers (1 starting)"
+    assert last == f"{counted}, 2.0 items/s, 0:00:15 left"
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_a_terminal_gets_a_bar_that_is_drawn_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "120")
+    stream, counts = Terminal(), Counts(total=4, workers=1)
+    shown = RunProgress("shards", counts, every=3600.0, stream=stream)
+    shown.update()
+    counts.done = 3
+    shown.note("item 2 quarantined")
+    shown.close()
+    drawn = stream.getvalue()
+    assert "\x1b[2K" in drawn  # a line is wiped before it is drawn again
+    assert "━" in drawn
+    assert "shards: item 2 quarantined" in drawn
+    last = drawn.rpartition("shards: ")[2]
+    assert last.startswith("3/4 done, 1 worker, ")
+    assert " left" in last
 
 
 def test_progress_is_quiet_between_its_times() -> None:
     stream = io.StringIO()
-    progress = RunProgress("shards", Counts(), every=3600.0, stream=stream)
+    shown = RunProgress("shards", Counts(), every=3600.0, stream=stream)
     for _ in range(100):
-        progress.update()
+        shown.update()
     assert stream.getvalue() == ""
