@@ -4,6 +4,7 @@ import asyncio
 import json
 import random
 import time
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
@@ -213,7 +214,8 @@ class Viewer:
         await asyncio.sleep(min(delay, max(0.0, self._end - time.monotonic())))
 
     async def _session(self, socket: ClientConnection) -> None:
-        await socket.send(json.dumps(self._first_message()))
+        with suppress(ConnectionClosed):  # by a refusal that has come already, and is read below
+            await socket.send(json.dumps(self._first_message()))
         switching = asyncio.ensure_future(self._switch(socket))
         try:
             while not self._over:

@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -21,6 +22,7 @@ from reelway.pipelines.serve.limits import Limits
 from reelway.pipelines.serve.metrics import Metrics
 from reelway.pipelines.serve.orders import Services
 from reelway.pipelines.serve.placement import FleetSettings, Placed, Refused, Waiting
+from reelway.pipelines.serve.pool import Hands as HandsProtocol
 from reelway.pipelines.serve.pool import Pool, WorkerGone
 from reelway.pipelines.serve.protocol import JPEG, PATH, SUBPROTOCOL, unpack
 from reelway.pipelines.serve.state import State
@@ -43,7 +45,8 @@ class Hands:
         self._loading = asyncio.Lock()
 
     def start(self, worker: str, model: str, settings: FleetSettings) -> StreamWorker:
-        self.workers.append(StreamWorker(worker, model, settings.worker))
+        # To measure more batches takes seconds; larger ones are reckoned with in proportion.
+        self.workers.append(StreamWorker(worker, model, replace(settings.worker, batches=(1,))))
         return self.workers[-1]
 
     async def call(self, handle: Any, method: str, *arguments: Any) -> Any:
@@ -74,7 +77,7 @@ class Hands:
 class LocalBackend:
     """The pool, without Serve between."""
 
-    def __init__(self, pool: Pool, hands: Hands) -> None:
+    def __init__(self, pool: Pool, hands: HandsProtocol) -> None:
         self.pool, self.hands = pool, hands
 
     async def place(

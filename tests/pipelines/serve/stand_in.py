@@ -16,6 +16,7 @@ from reelway.pipelines.serve.media import encoder
 
 PAGE = Path(protocol.__file__).parent / "page"
 SIDE = 64
+PATIENCE = 100.0  # seconds; the machine may be busy
 PIECES = (1, 4, 4)  # frames of the pieces of the first chunk; later ones have 4, 4, 4
 
 
@@ -55,20 +56,35 @@ class StandIn:
     url: str = ""
 
     def __enter__(self) -> "StandIn":
+        """Listen in a thread of its own."""
         self.loop = asyncio.new_event_loop()
         self.thread = threading.Thread(target=self.loop.run_forever, daemon=True)
         self.thread.start()
-        self.runner, port = asyncio.run_coroutine_threadsafe(self._listen(), self.loop).result(20)
-        self.url = f"http://127.0.0.1:{port}"
+        asyncio.run_coroutine_threadsafe(self._begin(), self.loop).result(PATIENCE)
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.cut_sockets()
-        asyncio.run_coroutine_threadsafe(self.runner.cleanup(), self.loop).result(20)
+        asyncio.run_coroutine_threadsafe(self._end(), self.loop).result(PATIENCE)
         self.loop.call_soon_threadsafe(self.loop.stop)
-        self.thread.join(20)
+        self.thread.join(PATIENCE)
         assert not self.thread.is_alive()
         self.loop.close()
+
+    async def __aenter__(self) -> "StandIn":
+        """Listen in the loop that runs."""
+        await self._begin()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._end()
+
+    async def _begin(self) -> None:
+        self.runner, port = await self._listen()
+        self.url = f"http://127.0.0.1:{port}"
+
+    async def _end(self) -> None:
+        self._cut()
+        await self.runner.cleanup()
 
     async def _listen(self) -> tuple[web.AppRunner, int]:
         app = web.Application()
