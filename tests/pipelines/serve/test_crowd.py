@@ -21,8 +21,6 @@ from reelway.pipelines.serve.protocol import PATH, SUBPROTOCOL
 
 from .serving import PATIENCE, START, LocalServer
 
-pytestmark = pytest.mark.alone
-
 WAYS = ("stops", "closes", "vanishes", "vanishes at once", "comes back", "sends garbage", "says nothing")
 GROWTH = 48 << 20  # bytes that the process may have grown by: a stream has set aside 0.5 MB or more
 MEGABYTE = 1 << 20
@@ -89,7 +87,7 @@ async def come_and_go(server: LocalServer, way: str, seed: int) -> None:
 def opened(server: LocalServer) -> Any:
     address = f"ws://127.0.0.1:{server.port}{PATH}"
     names: Any = [SUBPROTOCOL]
-    return connect(address, subprotocols=names, max_size=None, close_timeout=5, ping_interval=None)
+    return connect(address, subprotocols=names, max_size=None, close_timeout=PATIENCE, ping_interval=None)
 
 
 async def first_picture(socket: ClientConnection) -> str:

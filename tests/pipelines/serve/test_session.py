@@ -11,8 +11,6 @@ from reelway.pipelines.serve.backend import PlacedStream
 from reelway.pipelines.serve.placement import Placed
 from reelway.pipelines.serve.session import LiveSession
 
-pytestmark = pytest.mark.alone
-
 
 class Answering:
     """Workers of which each call is answered when `answer` is set."""
@@ -36,7 +34,7 @@ async def cancelled_at_the_moment_of(answer: asyncio.Event, work: Coroutine[Any,
     answer.set()
     await asyncio.sleep(0)  # whoever waits for the event itself has heard
     task.cancel()
-    done, _ = await asyncio.wait({task}, timeout=30)
+    done, _ = await asyncio.wait({task}, timeout=50)
     return bool(done) and task.cancelled()
 
 

@@ -202,10 +202,11 @@ def test_the_same_on_an_object_store(s3_query: str) -> None:
 
 
 def test_the_keeper_writes_the_newest_and_makes_nobody_wait(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
-    gate, keep = threading.Event(), State.keep
+    entered, gate, keep = threading.Event(), threading.Event(), State.keep
 
     def slow(self: State, stream: str, block: int, snapshot: Snapshot) -> int:
-        assert gate.wait(10)
+        entered.set()
+        assert gate.wait(100)
         return keep(self, stream, block, snapshot)
 
     monkeypatch.setattr(State, "keep", slow)
@@ -213,10 +214,10 @@ def test_the_keeper_writes_the_newest_and_makes_nobody_wait(state: State, monkey
     began = time.monotonic()
     for block in range(1, 8):
         keeper.put("one", snapshot(10 * block, block))
-        time.sleep(0.01)  # the first is in the store's hands
+        assert entered.wait(100)  # the first is in the store's hands
     keeper.put("dropped", snapshot(10, 1))
     keeper.drop("dropped")
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 90  # nobody waited for the gate
     gate.set()
     keeper.stop()
     assert [kept.block for kept in state.kept("one")] == [1, 7]

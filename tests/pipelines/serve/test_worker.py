@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -15,8 +16,6 @@ from reelway.actors.generator import Student
 from reelway.actors.scheduler import Busy, Piece, StreamOrder, TooSlow, Turn
 from reelway.pipelines.serve import worker as worker_module
 from reelway.pipelines.serve.worker import Moved, Moving, StreamWorker, WorkerSettings
-
-pytestmark = pytest.mark.alone
 
 RED, BLUE = "a small red star drifts left", "two blue circles on white"
 STREAM = "one"
@@ -77,7 +76,7 @@ def note(pieces: Sequence[Piece], frame: int, frames: Frames) -> int:
 
 
 async def eventually(true: Callable[[], bool]) -> None:
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         while not true():
             await asyncio.sleep(0.01)
 
@@ -90,7 +89,7 @@ def with_workers(settings: WorkerSettings, count: int, body: Callable[..., Await
         try:
             for worker in workers:
                 await worker.ready()
-            await asyncio.wait_for(body(*workers), 120)
+            await asyncio.wait_for(body(*workers), 200)
         finally:
             for worker in workers:
                 await worker.stop()
@@ -177,17 +176,27 @@ def test_a_viewer_that_comes_back_goes_on(settings: WorkerSettings, student: Stu
     with_workers(settings, 1, body)
 
 
-def test_an_abandoned_stream_is_freed_and_a_held_one_is_not(settings: WorkerSettings) -> None:
+def test_an_abandoned_stream_is_freed_and_a_held_one_is_not(
+    settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr(worker_module, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(worker_module, "JANITOR_SECONDS", 0.01)
+
     async def body(worker: StreamWorker) -> None:
+        nonlocal now
         await worker.open(order("gone"))
         await worker.open(order("held"))
-        for _ in range(12):
+        for _ in range(4):
+            now += 25.0
             await worker.hold("held")
-            await asyncio.sleep(0.1)
+        await asyncio.sleep(0.1)  # the janitor comes by
+        assert (await worker.stats())["here"] == ["gone", "held"]
+        now += 2.0
+        await eventually(lambda: list(worker.scheduler.stats()["streams"]) == ["held"])
         assert (await worker.stats())["here"] == ["held"]
-        assert list((await worker.stats())["scheduler"]["streams"]) == ["held"]
 
-    with_workers(replace(settings, abandoned_seconds=0.8), 1, body)
+    with_workers(replace(settings, abandoned_seconds=101.0), 1, body)
 
 
 def test_a_student_that_is_not_there_is_said_in_one_line(settings: WorkerSettings, tmp_path: Path) -> None:
@@ -277,19 +286,23 @@ def test_a_drained_worker_hands_over_every_frame_once(settings: WorkerSettings, 
     with_workers(replace(settings, keep_every=1000), 2, body)
 
 
-def test_who_waits_for_a_piece_hears_of_a_drain_at_once(settings: WorkerSettings) -> None:
+def test_who_waits_for_a_piece_hears_of_a_drain_at_once(
+    settings: WorkerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(worker_module, "LONGEST_WAIT", 100.0)
+
     async def body(worker: StreamWorker) -> None:
         await worker.open(order())
         await worker.pause(STREAM)
         frame = 0
         while (taken := await worker.take(STREAM, frame, 0.5)).pieces:
             frame = note(taken.pieces, frame, {})
-        waits = asyncio.create_task(worker.take(STREAM, frame, 10.0))
+        waits = asyncio.create_task(worker.take(STREAM, frame, 100.0))
         await asyncio.sleep(0.1)
         began = time.monotonic()
         await worker.drain()
         assert (await waits).state == "moved"
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 90
 
     with_workers(settings, 1, body)
 
@@ -316,7 +329,7 @@ def test_a_scheduler_that_breaks_down_lets_its_streams_move(
         with monkeypatch.context() as patch:
             patch.setattr(first.scheduler, "tick", lambda: 1 / 0)
             began = time.monotonic()
-            while (taken := await first.take(STREAM, frame, 5.0)).state == "running" and time.monotonic() < began + 30:
+            while (taken := await first.take(STREAM, frame, 5.0)).state == "running" and time.monotonic() < began + 100:
                 frame = await take_until(first, frame, frame + 1, frames) if taken.pieces else frame
             assert taken.state == "moved"
             assert (await first.stats())["broken"] == "ZeroDivisionError: division by zero"
