@@ -31,7 +31,6 @@ from reelway.pipelines.video import VideoWriter
 sys.path.insert(0, str(Path(__file__).parent))
 from serving import PATIENCE, PROMPT, SIZE, START, LocalServer, Viewer
 
-pytestmark = pytest.mark.slow  # whole servers, one for each test
 BLUE = "two blue circles on white"
 FIRST, CHUNK = 9, 12  # frames of the first chunk, and of every other one
 
@@ -128,6 +127,7 @@ def test_a_prompt_is_seen_from_the_next_block_on(server: LocalServer) -> None:
     assert found["reelway_first_frame_seconds_count"] >= 1
 
 
+@pytest.mark.slow
 def test_what_waits_of_the_old_prompt_is_dropped(sharp_student: Path, tmp_path: Path) -> None:
     """The first five frames go out at once, the next ones a while later: by then they are of the new prompt."""
     with LocalServer(sharp_student, tmp_path, lead_seconds=6.0) as server, server.viewer() as viewer:
@@ -298,6 +298,7 @@ def test_a_stream_goes_on_on_another_socket(server: LocalServer, expected: list[
         assert [record["code"] for record in late.rest()] == ["unknown_stream"]
 
 
+@pytest.mark.slow
 def test_an_uploaded_video_outlives_its_socket(server: LocalServer, tmp_path: Path) -> None:
     """The second socket does not send it again, and goes on to its end."""
     path = tmp_path / "source.mp4"
@@ -321,6 +322,7 @@ def test_an_uploaded_video_outlives_its_socket(server: LocalServer, tmp_path: Pa
         assert np.abs(read(picture) - read(whole.pictures[index])).mean() < 3, index
 
 
+@pytest.mark.slow
 def test_a_stream_outlives_its_worker(sharp_student: Path, tmp_path: Path, expected: list[np.ndarray]) -> None:
     with LocalServer(sharp_student, tmp_path, model={"min_workers": 2, "max_workers": 2}) as server:
         with server.viewer() as viewer:
@@ -349,6 +351,7 @@ def test_a_stream_outlives_its_worker(sharp_student: Path, tmp_path: Path, expec
         assert figures(server)["reelway_streams_moved_total"] == 1
 
 
+@pytest.mark.slow
 def test_students_are_served_side_by_side_by_their_names(sharp_student: Path, tmp_path: Path) -> None:
     model = {"path": str(sharp_student), "size": SIZE, "threads": 1, "load": 1.0}
     models = {"small": model, "other": {**model, "size": (48, 32)}}
@@ -369,6 +372,7 @@ def test_students_are_served_side_by_side_by_their_names(sharp_student: Path, tm
             assert [status[name]["streams"] for name in models] == [1, 1]
 
 
+@pytest.mark.slow
 def test_who_has_no_place_waits_or_is_told(sharp_student: Path, tmp_path: Path) -> None:
     model = {"sessions": 1}
     with LocalServer(sharp_student, tmp_path, model=model, limits={"queue": 1}) as server, server.viewer() as first:
@@ -400,8 +404,8 @@ def test_idle_and_over_long_streams_end_with_a_reason(
     monkeypatch.setattr(server.services, "config", config)
     with server.viewer() as viewer:
         viewer.attentive = False
-        viewer.start()
-        if message:
+        viewer.say(**START)
+        if message:  # at once: later it might stand still already, for another reason
             viewer.say(**message)
         end = viewer.rest()[-1]
     assert end["type"] == "end"
@@ -516,7 +520,7 @@ def test_keys_guard_everything_but_health(sharp_student: Path, tmp_path: Path) -
 
 def answer(server: LocalServer, path: str, method: str = "GET", **named: Any) -> tuple[int, Any, Any]:
     """Status, body, headers."""
-    connection = HTTPConnection("127.0.0.1", server.port, timeout=60)
+    connection = HTTPConnection("127.0.0.1", server.port, timeout=PATIENCE)
     connection.request(method, path, **named)
     response = connection.getresponse()
     body = response.read()
@@ -601,6 +605,7 @@ def test_a_body_over_the_limit_is_refused_before_it_is_read(server: LocalServer)
 # --- Ray -------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.ray
 def test_a_server_on_ray_serve(
     ray_session: Session, sharp_student: Path, tmp_path: Path, expected: list[np.ndarray]

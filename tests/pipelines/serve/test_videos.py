@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from serving import PATIENCE, PROMPT, LocalServer
 
 openai = pytest.importorskip("openai")
-pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::DeprecationWarning")]
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +143,7 @@ def test_a_wrong_key_is_refused(server: LocalServer) -> None:
         client(server, "rw-wrong").videos.list()
 
 
+@pytest.mark.slow
 def test_another_gateway_goes_on_with_a_job(
     sharp_student: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -158,6 +159,7 @@ def test_another_gateway_goes_on_with_a_job(
         assert len(frames_of(client(again, "any").videos.download_content(ordered.id).read())) == FRAME_RATE // 2
 
 
+@pytest.mark.slow
 def test_the_schema_holds_for_any_request(server: LocalServer, keys: list[tuple[str, str]]) -> None:
     schemathesis = pytest.importorskip("schemathesis")
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
