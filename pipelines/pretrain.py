@@ -1,6 +1,6 @@
 """`reelway pretrain`: the VAE, the text encoder, the latents, the teacher, in this order; what is done is skipped.
 
-With `--latents` and `--init`: a given teacher, trained further on latent shards.
+With `--init` the teacher begins with given weights; with `--latents` as well it is trained further on latent shards.
 """
 
 import enum
@@ -13,9 +13,10 @@ import torch
 import typer
 from rich.console import Console
 
+from ..actors.model_files import velocity_digest
 from ..cluster.storage import Storage
 from .models import write_model
-from .pretraining.finetune import check_inputs, fine_tune, origin
+from .pretraining.finetune import check_inputs, check_teacher, fine_tune, origin
 from .pretraining.latents import make_latents
 from .pretraining.teacher import train_teacher
 from .pretraining.text import train_text
@@ -47,7 +48,7 @@ def pretrain_command(
     latents: Annotated[
         str | None, typer.Option(metavar="DATASET", help="Fine-tune: train on this set of latent shards.")
     ] = None,
-    init: Annotated[Path | None, typer.Option(help="Fine-tune: begin with this teacher's folder.")] = None,
+    init: Annotated[Path | None, typer.Option(help="Begin with the transformer of this teacher's folder.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     override: Annotated[list[str] | None, typer.Option("--set", help="a.b=value: change the recipe.")] = None,
 ) -> None:
@@ -55,35 +56,43 @@ def pretrain_command(
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: no CUDA device here")
     content = load_recipe(recipe, override)
-    is_tuning = latents is not None or init is not None
-    folder = run or (TUNED if is_tuning else RUN)
+    folder = run or (RUN if latents is None else TUNED)
     try:
-        if is_tuning:
+        if latents is not None:
             tune(content.finetune, folder, *_tuning_inputs(latents, init, stage, vae), device=device)
         else:
-            _pretrain_from_nothing(content.pretrain, recipe, folder, vae, stage, device)
+            _pretrain_on_the_world(content.pretrain, recipe, folder, (vae, init), stage, device)
     except KeyboardInterrupt:
         console = Console(stderr=True)
         console.print(f"Stopped; what was done is kept in {folder}. The same command goes on from there.")
         raise typer.Exit(130) from None
 
 
-def _pretrain_from_nothing(
-    section: PretrainRecipe | None, recipe: Path, run: Path, vae: Path | None, stage: list[Stage] | None, device: str
+def _pretrain_on_the_world(
+    section: PretrainRecipe | None,
+    recipe: Path,
+    run: Path,
+    given: tuple[Path | None, Path | None],
+    stage: list[Stage] | None,
+    device: str,
 ) -> None:
+    """given: folders of a VAE and of a teacher to begin with."""
+    vae, init = given
     if section is None:
         raise ValueError(f"recipe {recipe}: has no section 'pretrain'")
+    if init is not None:
+        check_teacher(init)
     if vae is not None:
         _adopt_vae(vae, run)
-    pretrain(section, run, stages=set(stage or Stage), device=device)
+    pretrain(section, run, stages=set(stage or Stage), device=device, init=init)
 
 
 def _tuning_inputs(
-    latents: str | None, init: Path | None, stage: list[Stage] | None, vae: Path | None
+    latents: str, init: Path | None, stage: list[Stage] | None, vae: Path | None
 ) -> tuple[Storage, Path]:
     """The data set and the model of a fine-tuning; ValueError for options that do not go together."""
-    if latents is None or init is None:
-        raise ValueError("--latents, --init: fine-tuning needs both, the data set and the model to begin with")
+    if init is None:
+        raise ValueError("--latents: fine-tuning needs --init too, the model to begin with")
     if set(stage or ()) - {Stage.teacher}:
         raise ValueError(f"--stage {', '.join(stage or ())}: fine-tuning has one stage, the teacher's")
     if vae is not None:
@@ -91,9 +100,15 @@ def _tuning_inputs(
     return Storage.open(latents), init
 
 
-def pretrain(recipe: PretrainRecipe, run: Path, *, stages: set[Stage], device: str = "cpu") -> None:
-    """Run the stages in `run`, going on where an earlier call stopped."""
-    _claim(run, "pretrain", recipe.model_dump(mode="json"))
+def pretrain(
+    recipe: PretrainRecipe, run: Path, *, stages: set[Stage], device: str = "cpu", init: Path | None = None
+) -> None:
+    """Run the stages in `run`, going on where an earlier call stopped.
+
+    init: a teacher's folder, with whose transformer the teacher's stage begins.
+    """
+    began_with = {} if init is None else {"init": velocity_digest(init)}
+    _claim(run, "pretrain", {**recipe.model_dump(mode="json"), **began_with})
     if Stage.vae in stages:
         train_vae(recipe, run, device)
     encoder = train_text(recipe, run, device) if stages & {Stage.text, Stage.teacher} else None
@@ -101,7 +116,7 @@ def pretrain(recipe: PretrainRecipe, run: Path, *, stages: set[Stage], device: s
         make_latents(recipe, run, device)
     if Stage.teacher in stages:
         assert encoder is not None
-        transformer = train_teacher(recipe, run, encoder, device)
+        transformer = train_teacher(recipe, run, encoder, device, init)
         write_model(run / "model", transformer, encoder, shift=recipe.teacher.shift)
 
 

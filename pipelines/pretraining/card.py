@@ -39,10 +39,19 @@ def write_card(run: Path, *, count: int, pictures: int, steps: int, guidance: fl
 
 
 def _recipe(run: Path) -> PretrainRecipe:
-    path = run / "recipe.json"
-    if not path.is_file() or not (run / "model" / "model_index.json").is_file():
+    if not (run / "recipe.json").is_file() or not (run / "model" / "model_index.json").is_file():
         raise FileNotFoundError(f"{run}: not a finished run of `reelway pretrain`")
-    return PretrainRecipe.model_validate(json.loads(path.read_text())["pretrain"])
+    return PretrainRecipe.model_validate({name: value for name, value in _written(run).items() if name != "init"})
+
+
+def _written(run: Path) -> dict[str, Any]:
+    section: dict[str, Any] = json.loads((run / "recipe.json").read_text())["pretrain"]
+    return section
+
+
+def _begun(run: Path) -> str:
+    digest = _written(run).get("init")
+    return "" if digest is None else f"begun with the weights of another teacher (`{digest[:16]}`); "
 
 
 def _draw_samples(recipe: PretrainRecipe, teacher: Teacher, grading: Grading, pictures: int, path: Path) -> None:
@@ -73,6 +82,7 @@ def _text(recipe: PretrainRecipe, run: Path, graded: dict[str, Any], device: str
         level=recipe.world.level,
         size=recipe.world.size,
         frames=recipe.world.frames,
+        begun=_begun(run),
         phases="; ".join(_phase(phase) for phase in recipe.teacher.phases),
         seed=recipe.seed,
         fingerprint=fingerprint(recipe),
@@ -131,7 +141,7 @@ video = pipeline(prompt, height={size}, width={size}, num_frames={frames}, guida
 | data | rendered clips of level {level}, train split, encoded once; by length in latent frames: {clips} |
 | text encoder | {text_steps:,} updates of {text_batch} captions, whose attributes it learns to tell; then frozen |
 | objective | flow matching, 10 % prompt drop; the middle block also tells what each token shows (weight {map_weight}) |
-| training | {phases}; Muon and AdamW, mixed precision, averaged weights exported |
+| training | {begun}{phases}; Muon and AdamW, mixed precision, averaged weights exported |
 | seed, recipe | {seed}, `configs/tiny.yaml`, fingerprint `{fingerprint}` |
 | loss at the end | {loss:.3f} (mean of the last 100 steps) |
 | time | {hours:.1f} h of training; graded on {hardware} |

@@ -73,11 +73,16 @@ class TuningRun:
         self._clips.load_state(state["clips"])
 
 
+def check_teacher(init: Path) -> None:
+    """ValueError where `init` is no teacher."""
+    if (init / "student.json").exists():
+        raise ValueError(f"--init {init}: is a student; training takes the bidirectional teacher it came from")
+    check_model(init)
+
+
 def check_inputs(latents: Storage, init: Path) -> None:
     """ValueError where `init` is no teacher, or the data set holds no latents that it takes."""
-    if (init / "student.json").exists():
-        raise ValueError(f"--init {init}: is a student; fine-tuning takes the bidirectional teacher it came from")
-    check_model(init)
+    check_teacher(init)
     info = read_dataset(latents)
     _check_latents(latents, info, transformer_config(init))
     vae = info.made_by.get("vae")  # of a set that was imported nothing is known

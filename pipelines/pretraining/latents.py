@@ -1,6 +1,7 @@
 """Stage 3: render the training clips and encode them once, in parts that appear whole or not at all."""
 
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,9 +46,9 @@ def make_latents(recipe: PretrainRecipe, run: Path, device: str) -> None:
             progress.advance(task)
 
 
-def load_latents(recipe: PretrainRecipe, run: Path) -> dict[int, LatentSet]:
-    """The sets by the length of their clips, whole in memory: 2.9 kB a latent frame."""
-    return {frames: _load(recipe, run, frames) for frames in recipe.teacher.clips}
+def load_latents(recipe: PretrainRecipe, run: Path, lengths: Iterable[int]) -> dict[int, LatentSet]:
+    """The sets of clips of these lengths, whole in memory: 2.9 kB a latent frame."""
+    return {frames: _load(recipe, run, frames) for frames in lengths}
 
 
 def _load(recipe: PretrainRecipe, run: Path, frames: int) -> LatentSet:

@@ -17,6 +17,7 @@ from ...kernels.wan.config import CONFIGS
 from ...kernels.wan.text import TextEncoder
 from ...kernels.wan.transformer import VideoTransformer
 from ...kernels.wan.vae import StreamingVAE
+from ...kernels.wan.weights import load_into, read_transformer
 from ..recipe import PretrainRecipe, TurnRecipe
 from ..sheet import contact_sheet
 from .curves import plot_curve
@@ -30,18 +31,31 @@ SCALE_CLIPS, SMALLEST_SCALE = 500, 1e-2  # of the maps' channels
 SAMPLES, STEPS, GUIDANCE = 6, 50, 3.0
 
 
-def train_teacher(recipe: PretrainRecipe, run: Path, encoder: TextEncoder, device: str) -> VideoTransformer:
+def train_teacher(
+    recipe: PretrainRecipe, run: Path, encoder: TextEncoder, device: str, init: Path | None = None
+) -> VideoTransformer:
     """Train in `run/teacher-<phase>`, going on from the checkpoints there; returns the averaged network.
 
-    encoder: the finished text encoder; it stays as it is.
+    encoder: the finished text encoder; it stays as it is. init: a model's folder, to begin with its transformer.
     """
     torch.manual_seed(recipe.seed)
-    transformer = VideoTransformer(CONFIGS[recipe.model])
-    _initialise(transformer)
-    data = load_latents(recipe, run)
-    for phase in range(len(recipe.teacher.phases)):
+    transformer = _first_transformer(recipe, init)
+    for phase, chosen in enumerate(recipe.teacher.phases):
+        data = load_latents(recipe, run, {turn.frames for turn in chosen.turns})
         learner = _train_phase(recipe, run, phase, (transformer, encoder), data, device)
         transformer = copy.deepcopy(learner.averaged())
+    return transformer
+
+
+def _first_transformer(recipe: PretrainRecipe, init: Path | None) -> VideoTransformer:
+    transformer = VideoTransformer(CONFIGS[recipe.model])
+    if init is None:
+        _initialise(transformer)
+        return transformer
+    config, state = read_transformer(init)
+    if config != transformer.config:
+        raise ValueError(f"--init {init}: transformer: is not of the recipe's model, {recipe.model}")
+    load_into(transformer, {name: value.float() for name, value in state.items()})
     return transformer
 
 

@@ -154,6 +154,22 @@ def test_without_maps_only_the_velocity_is_trained(tmp_path: Path, run: Path) ->
     assert row["loss"] == pytest.approx(first["loss"], rel=1e-5)  # the same weights, clips and noise
 
 
+def test_a_teacher_begins_with_given_weights(tmp_path: Path, run: Path) -> None:
+    """At a rate of next to nothing the teacher that comes out is the one that went in; another one is refused."""
+    optimizer = "{learning_rate: 1.0e-30, weight_decay: 0.0}"
+    turns = "[{frames: 1, clips: 2}]"
+    still = recipe(f"pretrain.teacher.phases=[{{steps: 1, turns: {turns}, optimizer: {optimizer}}}]")
+    shutil.copytree(run / "model" / "vae", tmp_path / "model" / "vae")
+    job.pretrain(still, tmp_path, stages=set(job.Stage), init=run / "model")
+    before, after = (Teacher.from_pretrained(path / "model").transformer for path in (run, tmp_path))
+    for name, value in before.state_dict().items():
+        torch.testing.assert_close(after.state_dict()[name], value, rtol=0, atol=1e-20)
+    with pytest.raises(ValueError, match=r"made with another recipe; init is \w{64} there and None now"):
+        job.pretrain(still, tmp_path, stages=set(job.Stage))
+    write_card(tmp_path, count=1, pictures=1, steps=2, guidance=1.0)
+    assert "begun with the weights of another teacher" in (tmp_path / "model" / "README.md").read_text()
+
+
 def test_card_tells_how_the_model_was_made_and_what_it_scores(run: Path) -> None:
     write_card(run, count=2, pictures=1, steps=2, guidance=1.0)
     text = (run / "model" / "README.md").read_text()
@@ -190,6 +206,7 @@ def test_resolved_recipe_is_beside_the_result(run: Path) -> None:
         (["--recipe", str(RECIPE), "--set", "teacher"], "expected a.b=value, got 'teacher'"),
         (["--recipe", str(RECIPE), "--device", "cuda"], "no CUDA device here"),
         (["--recipe", str(RECIPE), "--vae", "none"], "--vae none: no config.json"),
+        (["--recipe", str(RECIPE), "--init", "none"], "none/transformer/config.json: no such file"),
     ],
 )
 def test_mistakes_are_named(arguments: list[str], message: str, tmp_path: Path) -> None:
@@ -300,7 +317,7 @@ def test_tuning_by_the_command_line(tuned: Path, tmp_path: Path, latents: Storag
 def test_tuning_from_another_model_or_in_another_runs_folder_is_refused(
     run: Path, tuned: Path, tmp_path: Path, latents: Storage, small_teacher: Path, small_student: Path
 ) -> None:
-    with pytest.raises(ValueError, match="is a student; fine-tuning takes the bidirectional teacher"):
+    with pytest.raises(ValueError, match="is a student; training takes the bidirectional teacher"):
         job.tune(TUNING, tmp_path / "run", latents, small_student)
     assert not (tmp_path / "run").exists()
     other = tmp_path / "other"
@@ -343,8 +360,7 @@ def test_latents_of_another_vae_are_refused(tmp_path: Path, small_teacher: Path)
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--latents", "set"], "--latents, --init: fine-tuning needs both"),
-        (["--init", "model"], "--latents, --init: fine-tuning needs both"),
+        (["--latents", "set"], "--latents: fine-tuning needs --init too"),
         (["--latents", "set", "--init", "model", "--stage", "vae"], "--stage vae: fine-tuning has one stage"),
         (["--latents", "set", "--init", "model", "--vae", "v"], "--vae v: fine-tuning takes the VAE of --init"),
         (["--latents", "set", "--init", "model"], "model/transformer/config.json: no such file"),
