@@ -11,7 +11,7 @@ from ...actors.bench_device import describe_device
 from ...actors.teacher import Teacher
 from ...kernels.sprites.oracle import grade
 from ...kernels.sprites.splits import prompts
-from ..recipe import PretrainRecipe, TeacherPhaseRecipe, fingerprint
+from ..recipe import PretrainRecipe, TeacherPhaseRecipe, TurnRecipe, fingerprint
 from ..sheet import contact_sheet
 from ..sprites import Grading, as_json, grade_teacher, sample
 from .curves import draw_curve
@@ -103,8 +103,12 @@ def _curves(recipe: PretrainRecipe, run: Path) -> list[list[dict[str, float]]]:
 
 
 def _phase(phase: TeacherPhaseRecipe) -> str:
-    turns = ", ".join(f"{turn.clips} of {turn.frames}" for turn in phase.turns)
+    turns = ", ".join(f"{turn.clips} of {turn.frames}{_shift(turn)}" for turn in phase.turns)
     return f"{phase.steps:,} updates on clips of so many latent frames: {turns}" + " in turn" * (len(phase.turns) > 1)
+
+
+def _shift(turn: TurnRecipe) -> str:
+    return "" if turn.shift is None else f" (timesteps of shift {turn.shift:g})"
 
 
 def _in_words(device: dict[str, Any]) -> str:

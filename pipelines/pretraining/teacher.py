@@ -118,7 +118,8 @@ def batch_at(
     rows = _rows(len(whole.captions), first, turn.clips, seed)
     maps = None if whole.maps is None else whole.maps[rows]
     clips = LatentSet(whole.latents[rows], [whole.captions[row] for row in rows.tolist()], maps)
-    return noised(clips, learner.tokenize, step_generator(seed, step), teacher.shift, teacher.prompt_drop)
+    shift = teacher.shift if turn.shift is None else turn.shift
+    return noised(clips, learner.tokenize, step_generator(seed, step), shift, teacher.prompt_drop)
 
 
 def _portion(turns: list[TurnRecipe], step: int) -> tuple[TurnRecipe, int]:

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from reelway.kernels.wan.text import TextEncoder
 from reelway.pipelines import pretrain as job
 from reelway.pipelines.pretraining import loop, teacher
 from reelway.pipelines.pretraining.card import write_card
+from reelway.pipelines.pretraining.latents import load_latents
 from reelway.pipelines.pretraining.loop import read_curve
 from reelway.pipelines.pretraining.text import train_text
 from reelway.pipelines.recipe import FineTuneRecipe, PretrainRecipe, load_recipe
@@ -119,6 +121,16 @@ def test_clips_of_each_length_come_in_turn_and_none_is_left_out() -> None:
     ]
     assert sorted(torch.cat(rows[::2]).tolist()) == list(range(6))
     assert sorted(torch.cat(rows[1::2]).tolist()) == list(range(10))
+
+
+def test_a_turn_trains_on_timesteps_of_its_own_shift(run: Path) -> None:
+    """Stratified uniform u goes to 1000 s u / (1 + (s - 1) u), so a batch's median is that of one half."""
+    turns = "[{frames: 1, clips: 10, shift: 1.0}, {frames: 1, clips: 10}]"
+    chosen = recipe(f"pretrain.teacher.phases=[{{steps: 1, turns: {turns}}}]")
+    reader = SimpleNamespace(tokenize=lambda texts: (torch.zeros(len(texts), 1), torch.ones(len(texts), 1)))
+    data = load_latents(chosen, run, [1])
+    medians = [teacher.batch_at(chosen, 0, reader, data, step).timesteps.median() for step in range(2)]
+    assert medians == pytest.approx([500, 750], abs=80)
 
 
 def test_a_turn_without_clips_of_its_length_is_refused() -> None:
