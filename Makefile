@@ -6,8 +6,7 @@ export RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER := 0
 export RAY_USAGE_STATS_ENABLED := 0
 export TOKENIZERS_PARALLELISM := false
 
-# Processes that share the quick tests, file by file. What needs Ray is left out, for two Rays disturb each other, and
-# what keeps time with a live stream.
+# Processes that share the quick tests, file by file. What needs Ray is left out, for two Rays disturb each other.
 JOBS ?= 2
 QUICK := not slow and not gpu
 
@@ -21,8 +20,8 @@ demo: .venv/ready  ## The whole line, small, on this machine; then open demo/ind
 	$(BIN)/reelway demo
 
 test: .venv/ready lint  ## Lint, types, and every quick test.
-	$(BIN)/python -m pytest -m "$(QUICK) and not ray and not alone" -n $(JOBS) --dist loadfile --max-worker-restart=0
-	$(BIN)/python -m pytest -m "$(QUICK) and (ray or alone)"
+	$(BIN)/python -m pytest -m "$(QUICK) and not ray" -n $(JOBS) --dist loadfile --max-worker-restart=0
+	$(BIN)/python -m pytest -m "$(QUICK) and ray"
 
 test-slow: .venv/ready  ## The tests that take minutes.
 	$(BIN)/python -m pytest -m "slow"
