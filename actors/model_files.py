@@ -68,8 +68,12 @@ def latents_shape(folder: Path, height: int, width: int, frames: int) -> tuple[i
 
 def loading_bytes(folder: Path) -> int:
     """Host memory, in bytes, that loading the model takes at its peak: the transformer stands there twice then."""
-    sizes = {network: BYTES_PER_PARAMETER * parameters(folder / network) for network in NETWORKS}
-    return max(2 * sizes["transformer"], sum(sizes.values()))
+    return max(2 * BYTES_PER_PARAMETER * parameters(folder / "transformer"), weights_bytes(folder))
+
+
+def weights_bytes(folder: Path) -> int:
+    """What the model takes on its device before it does anything."""
+    return sum(BYTES_PER_PARAMETER * parameters(folder / network) for network in NETWORKS)
 
 
 def velocity_digest(folder: Path) -> str:

@@ -26,8 +26,8 @@ class Requirements:
 
     `gpus` is a share of one GPU (0.25) or a whole number, `accelerator` the only type that will do, by Ray's name of it
     ("A100"); `one_kind` says that without a name all must be of the same type. `memory` is bytes of host memory, 0 when
-    it is not reserved. `cluster_grows` says that nodes are added on demand, so that what does not fit now may fit
-    later. Raises ValueError naming the field.
+    it is not reserved; `gpu_memory` what its weights take on its GPU. `cluster_grows` says that nodes are added on
+    demand, so that what does not fit now may fit later. Raises ValueError naming the field.
     """
 
     cpus: float = 1.0
@@ -38,9 +38,11 @@ class Requirements:
     cluster_grows: bool = False
     accelerator: str = ""
     one_kind: bool = False
+    gpu_memory: int = 0
 
     def __post_init__(self) -> None:
-        for name, value in (("cpus", self.cpus), ("gpus", self.gpus), ("memory", self.memory)):
+        for name in ("cpus", "gpus", "memory", "gpu_memory"):
+            value = vars(self)[name]
             if not (math.isfinite(value) and value >= 0):
                 raise ValueError(f"{name}: must be a number of at least 0, got {value}")
         if self.gpus > 1 and self.gpus != int(self.gpus):
@@ -66,21 +68,33 @@ class Requirements:
 
 @dataclass(frozen=True)
 class Node:
-    """A machine's resources as Ray counts them; memory in bytes of host memory. accelerators: types of its GPUs."""
+    """A machine's resources as Ray counts them; memory in bytes of host memory. accelerators: types of its GPUs.
+
+    gpu_memory: bytes of its smallest GPU; 0 where nobody knows, as Ray does not of the nodes of a cluster.
+    """
 
     name: str
     cpus: float
     gpus: float
     memory: int
     accelerators: tuple[str, ...] = ()
+    gpu_memory: int = 0
 
     def suits(self, need: Requirements) -> bool:
         """Whether its GPUs are of the type that is asked for, if one is."""
         return not need.accelerator or need.accelerator in self.accelerators
 
+    def is_too_small(self, need: Requirements) -> bool:
+        """Whether a worker's weights do not fit into its share of a GPU here. They stand on one GPU."""
+        return bool(need.gpus and self.gpu_memory) and need.gpu_memory > self.gpu_share(need)
+
+    def gpu_share(self, need: Requirements) -> int:
+        """Bytes of GPU memory that are a worker's."""
+        return int(min(need.gpus, 1) * self.gpu_memory)
+
     def holds(self, need: Requirements) -> int:
         """How many such workers fit here. A share of a GPU never spans two GPUs."""
-        if not self.suits(need):
+        if not self.suits(need) or self.is_too_small(need):
             return 0
         counts = [need.max_workers]
         if need.cpus:
@@ -122,6 +136,7 @@ def this_machine(cpus: float | None = None, gpus: float | None = None) -> Node:
         gpus=devices,
         memory=free_memory(),
         accelerators=_accelerators_here() if devices else (),
+        gpu_memory=_gpu_memory() if devices else 0,
     )
 
 
@@ -219,6 +234,10 @@ def _what_is_missing(nodes: Sequence[Node], need: Requirements, fitting: int) ->
     ):
         if count * each > have:
             return f"{workers} with {asked} {verb} {counted(count * each, unit)}; the cluster has {have:g}"
+    small = [node for node in nodes if node.is_too_small(need)]
+    if small:
+        weights, share = in_gib(need.gpu_memory), in_gib(max(node.gpu_share(need) for node in small))
+        return f"{workers} with {need.gpus_in_words}: the weights take {weights} of GPU memory, there are {share}"
     if count * need.memory > memory:
         asked, total = in_gib(need.memory), in_gib(count * need.memory)
         return f"{workers} with {asked} of memory {verb} {total}; the cluster has {in_gib(memory)} free"
@@ -237,6 +256,14 @@ def _cuda_devices() -> int:
     import torch  # seconds to import, and every worker of a pool imports this module
 
     return torch.cuda.device_count()
+
+
+def _gpu_memory() -> int:
+    """Bytes of the smallest device that this process sees."""
+    import torch
+
+    devices = range(torch.cuda.device_count())
+    return min((int(torch.cuda.get_device_properties(device).total_memory) for device in devices), default=0)
 
 
 def _types_among(resources: Iterable[str]) -> tuple[str, ...]:

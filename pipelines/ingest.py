@@ -33,6 +33,7 @@ from .ingest_job import (
     chunks,
     clip_settings,
     counts,
+    encoder_bytes,
     gather,
     ingest_settings,
     keep_sources,
@@ -133,7 +134,7 @@ def run(order: Order, pool: PoolOptions, address: str | None, console: Console) 
             typer.echo(f"{order.out.uri}: all shards are there already")
             with claim(order.out, OWNER):
                 return _finish(job, _Made(), console)
-    need = pool.requirements(worker_bytes(order), max(1, len(material.videos)))
+    need = _encoding(order, pool, max(1, len(material.videos)))
     with start_or_join(address, requirements=need, output=order.out.uri) as session, claim(order.out, OWNER) as held:
         for line in session.preflight:
             console.print(line)
@@ -147,6 +148,10 @@ def run(order: Order, pool: PoolOptions, address: str | None, console: Console) 
         if made.interrupted or made.failed:
             return _fail(order, made, f"of {counted(len(job.shards), 'shard')} could not be made", console)
         return _finish(job, made, console)
+
+
+def _encoding(order: Order, pool: PoolOptions, work: int) -> Requirements:
+    return pool.requirements(worker_bytes(order), work, encoder_bytes(order))
 
 
 def _surveying(pool: PoolOptions, work: int) -> Requirements:
@@ -167,7 +172,7 @@ def _make(job: Job, pool: PoolOptions, held: Claim) -> _Made:
     order.out.remove_stale(older_than=0.0)
     left = job.pending()
     check_output(order.out.uri, sum(shard.items.num_rows for shard in left) * _sample_bytes(job))
-    return _pool(job.worker(), left, pool.requirements(worker_bytes(order), len(left)), KIND, held) if left else _Made()
+    return _pool(job.worker(), left, _encoding(order, pool, len(left)), KIND, held) if left else _Made()
 
 
 def _pool(worker: Any, work: Sequence[Any], need: Requirements, name: str, held: Claim) -> _Made:

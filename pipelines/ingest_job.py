@@ -341,15 +341,17 @@ def worker_bytes(order: Order) -> int:
     clip, batch = order.recipe.clip, order.recipe.ingest.batch
     pixels = clip.height * clip.width * 3
     held = ((order.lanes + 1) * BATCHES_AHEAD + 2) * batch * clip.frames * pixels
-    folders = [
-        vae_folder(order.model),
-        *([order.model / "text_encoder"] if order.recipe.ingest.text_embeddings else []),
-    ]
-    weights = sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors"))
-    needed = WORKER_BYTES + order.lanes * LANE_BYTES + held + 2 * weights
+    needed = WORKER_BYTES + order.lanes * LANE_BYTES + held + 2 * encoder_bytes(order)
     if order.device == "cpu":  # a few of the widest layer's outputs, 96 channels for 3 colours, for 17 frames
         needed += 4 * batch * 17 * pixels * 32 * 4
     return needed
+
+
+def encoder_bytes(order: Order) -> int:
+    """Of the files of the networks that a worker loads, which is what these take on its device."""
+    parts = [order.model / "text_encoder"] if order.recipe.ingest.text_embeddings else []
+    folders = [vae_folder(order.model), *parts]
+    return sum(file.stat().st_size for folder in folders for file in folder.glob("*.safetensors"))
 
 
 def _made_by(order: Order, material: Material, settings: IngestSettings) -> dict[str, Any]:

@@ -50,10 +50,19 @@ class PoolOptions:
         least, most = (1, None) if workers is None else _bounds(workers)
         return cls(least, most, cpus, gpus, autoscaling, accelerator or "")
 
-    def requirements(self, memory: int, work: int) -> Requirements:
-        """memory: bytes of a worker. work: items there are at most."""
-        most = max(self.least, work) if self.most is None else self.most
-        return Requirements(self.cpus, self.gpus, memory, self.least, most, self.autoscaling, self.accelerator, True)
+    def requirements(self, memory: int, work: int, gpu_memory: int = 0) -> Requirements:
+        """memory, gpu_memory: bytes of a worker, on the host and of its weights. work: items there are at most."""
+        return Requirements(
+            cpus=self.cpus,
+            gpus=self.gpus,
+            memory=memory,
+            min_workers=self.least,
+            max_workers=max(self.least, work) if self.most is None else self.most,
+            cluster_grows=self.autoscaling,
+            accelerator=self.accelerator,
+            one_kind=True,
+            gpu_memory=gpu_memory,
+        )
 
 
 def _bounds(workers: str) -> tuple[int, int]:

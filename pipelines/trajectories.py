@@ -10,6 +10,7 @@ import pyarrow
 import typer
 from rich.console import Console
 
+from ..actors.model_files import weights_bytes
 from ..cluster.dataset import claim, create_dataset
 from ..cluster.manifest import ManifestRow, read_manifest, read_sound_record, seal
 from ..cluster.pool import PoolReport, PoolSettings, Quarantined, run_pool
@@ -71,7 +72,8 @@ def trajectories_command(
             for line in dry_run(order, pool.most, pool.gpus).lines(cost_per_hour):
                 typer.echo(line)
             return
-        status = run(order, pool.requirements(worker_bytes(order), shard_count(order)), address, console, check=check)
+        need = pool.requirements(worker_bytes(order), shard_count(order), weights_bytes(order.teacher))
+        status = run(order, need, address, console, check=check)
     except KeyboardInterrupt:
         console.print(_stopped(order.out))
         raise typer.Exit(130) from None

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from reelway.actors import model_files
-from reelway.actors.model_files import check_model, latents_shape, loading_bytes, velocity_digest
+from reelway.actors.model_files import check_model, latents_shape, loading_bytes, velocity_digest, weights_bytes
 from reelway.actors.teacher import Teacher
 from reelway.actors.trajectories import (
     META,
@@ -343,6 +343,7 @@ def test_memory_is_that_of_the_parameters(small_teacher: Path) -> None:
     networks = (teacher.transformer, teacher.encoder, teacher.vae)
     sizes = [4 * sum(p.numel() for p in network.parameters()) for network in networks]
     assert loading_bytes(small_teacher) == pytest.approx(max(2 * sizes[0], sum(sizes)), rel=0.01)
+    assert weights_bytes(small_teacher) == pytest.approx(sum(sizes), rel=0.01)
 
 
 @pytest.mark.parametrize("missing", ["scheduler/scheduler_config.json", "vae/config.json", "transformer"])

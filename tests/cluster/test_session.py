@@ -49,8 +49,14 @@ LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F"}  # 127.0.0.1 as /pro
 LISTEN = "0A"  # the state of a socket in /proc/net/tcp
 
 
-def node(cpus: float = 8, gpus: float = 0, memory: int = 64 * GIB, accelerators: tuple[str, ...] = ()) -> Node:
-    return Node("n", cpus, gpus, memory, accelerators)
+def node(
+    cpus: float = 8,
+    gpus: float = 0,
+    memory: int = 64 * GIB,
+    accelerators: tuple[str, ...] = (),
+    gpu_memory: int = 0,
+) -> Node:
+    return Node("n", cpus, gpus, memory, accelerators, gpu_memory)
 
 
 MIXED = [node(gpus=8, accelerators=("A100",)), node(gpus=4, accelerators=("H100",)), node(), node(gpus=1)]
@@ -77,6 +83,16 @@ MIXED = [node(gpus=8, accelerators=("A100",)), node(gpus=4, accelerators=("H100"
             [node(memory=3 * GIB)],
             Requirements(memory=2 * GIB, min_workers=2, max_workers=4),
             "2 workers with 2.0 GiB of memory each need 4.0 GiB; the cluster has 3.0 GiB free",
+        ),
+        (
+            [node(gpus=2, gpu_memory=16 * GIB)],
+            Requirements(gpus=0.25, gpu_memory=5 * GIB),
+            "1 worker with 0.25 GPUs: the weights take 5.0 GiB of GPU memory, there are 4.0 GiB",
+        ),
+        (
+            [node(gpus=2, gpu_memory=16 * GIB)],
+            Requirements(gpus=2, gpu_memory=20 * GIB),
+            "1 worker with 2 GPUs: the weights take 20.0 GiB of GPU memory, there are 16.0 GiB",
         ),
         (
             [node(gpus=3), node(gpus=1)],
@@ -122,6 +138,8 @@ def test_a_placement_that_cannot_be_met_says_why(nodes: list[Node], need: Requir
         (node(cpus=0.9), Requirements(cpus=0.3, max_workers=9), 3),  # 0.9 / 0.3 is 2.9999999999999996
         (node(cpus=8, gpus=5), Requirements(gpus=2, max_workers=9), 2),
         (node(cpus=8, memory=5 * GIB), Requirements(memory=2 * GIB, max_workers=9), 2),
+        (node(gpus=2, gpu_memory=16 * GIB), Requirements(gpus=0.25, gpu_memory=4 * GIB, max_workers=9), 8),
+        (node(gpus=2), Requirements(gpus=1, gpu_memory=99 * GIB, max_workers=9), 2),  # nobody knows its size
         (node(cpus=8), Requirements(max_workers=5), 5),
         (node(cpus=0), Requirements(cpus=0, max_workers=3), 3),
     ],

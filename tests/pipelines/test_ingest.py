@@ -25,6 +25,7 @@ from reelway.cluster.dataset import claim, decode_sample, read_dataset, read_sam
 from reelway.cluster.manifest import read_manifest
 from reelway.cluster.pool import PoolReport, PoolSettings, Quarantined
 from reelway.cluster.pool_host import Failure
+from reelway.cluster.preflight import Requirements
 from reelway.cluster.session import Session
 from reelway.cluster.shards import verify
 from reelway.cluster.storage import Storage
@@ -403,6 +404,28 @@ def test_text_embeddings_are_kept_with_a_whole_model(reelway: Run, tmp_path: Pat
     assert sample["text.safetensors"]["rows"].dtype == torch.float16
     refused = reelway(*arguments(tmp_path / "videos", tmp_path / "other"), changes=changes)
     assert_refused(refused, "text_encoder", "a whole model")
+
+
+@pytest.mark.usefixtures("here")
+def test_the_preflight_knows_what_a_worker_needs(
+    reelway: Run, tmp_path: Path, thin_vae: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[Requirements] = []
+
+    @contextmanager
+    def session(address: str | None, *, requirements: Requirements, output: str) -> Iterator[Session]:
+        asked.append(requirements)
+        raise ValueError("preflight: no")
+        yield
+
+    monkeypatch.setattr(ingest, "start_or_join", session)
+    sprites(tmp_path / "videos", 1, frames=17)
+    refused = reelway(*arguments(tmp_path / "videos", tmp_path / "out"), "--workers", "2:3", changes=SPRITES)
+    assert (refused.code, refused.err.splitlines()[-1]) == (2, "reelway: preflight: no")
+    weights = sum(file.stat().st_size for file in thin_vae.glob("*.safetensors"))
+    assert (asked[0].min_workers, asked[0].max_workers, asked[0].gpu_memory) == (2, 3, weights)
+    assert asked[0].memory > 2 * weights
+    assert not (tmp_path / "out").exists()
 
 
 # --- Going on ------------------------------------------------------------------------------------------------------
