@@ -1,6 +1,7 @@
 """`reelway trajectories`: prompts in, shards out, whatever happens in between."""
 
 import json
+import random
 import re
 import shutil
 import subprocess
@@ -16,12 +17,13 @@ import torch
 import typer
 from safetensors.torch import load_file, save_file
 
+from reelway.actors.model_files import weights_bytes
 from reelway.actors.trajectories import TRAJECTORY, TrajectoryWorker
 from reelway.cluster.dataset import claim, decode_sample, read_dataset, read_samples
 from reelway.cluster.manifest import read_manifest
 from reelway.cluster.pool import PoolReport, Quarantined
 from reelway.cluster.pool_host import Failure
-from reelway.cluster.preflight import Requirements
+from reelway.cluster.preflight import Node, Requirements
 from reelway.cluster.session import Session
 from reelway.cluster.shards import verify
 from reelway.cluster.storage import Storage
@@ -292,6 +294,22 @@ def test_limit_and_sprites_choose_prompts(
     assert all(sample["text.safetensors"]["rows"].shape[1] == 128 for sample in samples.values())
 
 
+def test_a_share_of_a_gpu_that_is_too_small_for_the_teacher_is_refused_before_anything_starts(
+    small_teacher: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On this machine, as if it had a GPU; the pool asks for whatever the teacher's files need."""
+    size = weights_bytes(small_teacher)
+    machine = Node("here", cpus=2, gpus=1, memory=64 << 30, gpu_memory=3 * size)
+    monkeypatch.setattr("reelway.cluster.session.this_machine", lambda *_: machine)
+    monkeypatch.setattr(trajectories, "known_kind", lambda *_: "a GPU")
+    arguments = ("--sprites", 2, "--device", "cuda", "--gpus-per-worker", 0.25)
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    refused = r"^1 worker with 0\.25 GPUs: the weights take 0\.0 GiB of GPU memory, there are 0\.0 GiB$"
+    with pytest.raises(ValueError, match=refused):
+        call(small_teacher, tmp_path / "set", *arguments)
+    assert not (tmp_path / "set").exists()
+
+
 @pytest.mark.parametrize("embeddings", ["false", "true"])
 def test_a_dry_run_says_what_the_real_one_makes_and_writes_nothing(
     small_teacher: Path,
@@ -488,8 +506,8 @@ def test_a_folder_with_another_set_is_refused_and_not_touched(
 # --- On Ray ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_any_number_of_workers_gives_the_same_bytes(
+@pytest.mark.parametrize("workers", [2, *(pytest.param(count, marks=pytest.mark.slow) for count in (1, 3, 4))])
+def test_any_number_of_workers_in_any_order_gives_the_same_bytes(
     ray_session: Session,
     made: Path,
     small_teacher: Path,
@@ -500,13 +518,18 @@ def test_any_number_of_workers_gives_the_same_bytes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """With two of them the driver does not know the device, as on a head without a GPU, and has to ask."""
-    out = tmp_path / "set"
+    out, pool, order = tmp_path / "set", trajectories.run_pool, random.Random(workers)
+    monkeypatch.setattr(
+        trajectories,
+        "run_pool",
+        lambda worker, items, *rest, **more: pool(worker, order.sample(items, len(items)), *rest, **more),
+    )
     if workers == 2:
         monkeypatch.setattr(trajectories, "known_kind", lambda *_: None)
     assert call(small_teacher, out, "--prompts", prompts, "--workers", workers) == 0
     assert content(out) == content(made)
     output = capsys.readouterr()
-    assert re.search(rf"made now: 3 shards, 8 samples, .* with up to {workers} worker", output.out)
+    assert re.search(rf"made now: 3 shards, 8 samples, .* with up to {min(workers, 3)} worker", output.out)
     assert "trajectories: 3/3 done" in output.err
     assert ray.is_initialized()
 

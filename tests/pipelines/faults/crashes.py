@@ -74,14 +74,14 @@ def serve(first: Sequence[str], temporary: Path) -> Iterator[Crashes]:
 
 
 def _become(job: Crash) -> int:
-    from faults.steps import at_every_step, call, worker_here
+    from faults.steps import at_every_step, call, job_of, worker_here
 
     def die(number: int, _: str) -> None:
         if number == job.at:
             os.kill(os.getpid(), signal.SIGKILL)
 
     time.sleep(job.delay)
-    with worker_here(), at_every_step(die):
+    with worker_here(job=job_of(job.command)), at_every_step(die):
         outcome = call(job.command)
     Path(job.log).write_text(outcome.text)
     return outcome.code
@@ -107,9 +107,9 @@ def _answer(line: str) -> str:
 
 if __name__ == "__main__":
     sys.path[0] = str(HERE.parent)
-    from faults.steps import call, worker_here
+    from faults.steps import call, job_of, worker_here
 
-    with worker_here():
+    with worker_here(job=job_of(sys.argv[1:])):
         call(sys.argv[1:])
     for line in sys.stdin:
         print(_answer(line), flush=True)

@@ -1,4 +1,4 @@
-"""A Ray cluster of one node, as a platform team has it, and jobs that are submitted to it."""
+"""A Ray cluster of one node, and jobs that are submitted to it."""
 
 import ctypes
 import os
@@ -12,6 +12,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+import ray
 
 STARTS, START_SECONDS, JOB_SECONDS, END_SECONDS = 3, 600, 600, 180
 PR_SET_PDEATHSIG = 1  # of Linux' prctl
@@ -38,14 +40,21 @@ class Head:
         return done.stdout
 
     def _logs(self) -> Iterator[str]:
-        for path in (self._folder / "log", *sorted(self._folder.glob("session_2*/logs/*"))):
+        for path in (*self._folder.glob("log"), *sorted(self._folder.glob("session_2*/logs/*"))):
             if path.name in ("log", "raylet.out", "raylet.err", "gcs_server.out", "dashboard.log", "dashboard.err"):
                 yield f"{path.name}: {path.read_text(errors='replace')[-3000:]}"
 
 
+def connected_head() -> Head:
+    """The Ray that this process has started and is connected to, if it has a dashboard."""
+    node = ray._private.worker._global_node
+    environment = os.environ | {"RAY_AUTH_MODE": "token", "RAY_API_SERVER_ADDRESS": f"http://{node.webui_url}"}
+    return Head(environment, Path(node.get_session_dir_path()).parent)
+
+
 @contextmanager
 def ray_head() -> Iterator[Head]:
-    """A cluster on the loopback address with two CPUs; ended with the block."""
+    """A cluster as a platform team has it, on the loopback address, with two CPUs; ended with the block."""
     # Ray gives its node half a minute to start and then gives up: on a very busy machine that may be too little.
     for attempt in range(1, STARTS + 1):
         folder = Path(tempfile.mkdtemp(prefix="rw-", dir="/tmp"))

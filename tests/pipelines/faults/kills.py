@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -82,16 +82,27 @@ class Strike:
         return None
 
 
+Deed = Callable[[list[int]], None]
+
+
 @contextmanager
-def when(strike: Strike, out: Storage, staging: Path, do: Callable[[list[int]], None]) -> Iterator[list[int]]:
+def when(strike: Strike, out: Storage, staging: Path, do: Deed) -> Iterator[list[int]]:
     """Do something to the workers in mid-shard, once, while the block runs; gives those that it was done to."""
-    over, struck = threading.Event(), list[int]()
+    with in_turn([(strike, do)], out, staging) as (struck,):
+        yield struck
+
+
+@contextmanager
+def in_turn(strikes: Sequence[tuple[Strike, Deed]], out: Storage, staging: Path) -> Iterator[list[list[int]]]:
+    """Several, each waiting for the one before; gives what each was done to."""
+    over, struck = threading.Event(), [list[int]() for _ in strikes]
 
     def act() -> None:
-        workers = strike.wait(out, staging, over)
-        if workers is not None:
-            do(workers)
-            struck.extend(workers)
+        for (strike, do), done in zip(strikes, struck, strict=True):
+            workers = strike.wait(out, staging, over)
+            if workers is not None:
+                do(workers)
+                done.extend(workers)
 
     with ThreadPoolExecutor(1) as thread:
         acting = thread.submit(act)
@@ -102,13 +113,14 @@ def when(strike: Strike, out: Storage, staging: Path, do: Callable[[list[int]], 
     acting.result()
 
 
-def kill_workers(count: int) -> Callable[[list[int]], None]:
-    """Kill the first ones, all at the same moment."""
+def kill_workers(count: int) -> Deed:
+    """Kill the first ones, all at the same moment, and see them gone."""
 
     def kill(workers: list[int]) -> None:
-        for pid in workers[:count]:
-            if is_worker_of_ours(pid):
-                with suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        doomed = list(filter(is_worker_of_ours, workers[:count]))
+        for pid in doomed:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        assert wait_until(lambda: not any(map(is_worker_of_ours, doomed)), 30)
 
     return kill

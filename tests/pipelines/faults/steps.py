@@ -1,6 +1,7 @@
 """The command with one worker in this process, and its steps on the storage, at each of which it can fail."""
 
 import errno
+import importlib
 import io
 import itertools
 import random
@@ -170,10 +171,15 @@ def at_every_step(act: Act) -> Iterator[None]:
         yield
 
 
+def job_of(command: list[str]) -> ModuleType:
+    """The module of a command's job."""
+    return importlib.import_module(f"reelway.pipelines.{command[0]}")
+
+
 def steps_of(command: list[str]) -> list[str]:
     """The steps of an undisturbed command."""
     names: list[str] = []
-    with worker_here(), at_every_step(lambda _, name: names.append(name)):
+    with worker_here(job=job_of(command)), at_every_step(lambda _, name: names.append(name)):
         assert call(command).code == 0
     return names
 
