@@ -1,7 +1,9 @@
 """Makes videos for the tests, whole and broken, with PyAV: every frame carries its number in its picture."""
 
+import os
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from fractions import Fraction
 from pathlib import Path
 
@@ -37,6 +39,16 @@ def read_number(picture: Picture) -> int:
     return int("".join(str(int(bar)) for bar in bars), 2)
 
 
+@contextmanager
+def same_scheduling() -> Iterator[None]:
+    """SVT-AV1, where it may, makes the thread that calls it a real-time one for good; all others starve from then on."""
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, *before)
+
+
 def write_video(
     path: Path,
     pictures: Iterable[Picture],
@@ -56,7 +68,7 @@ def write_video(
     rotation: degrees anticlockwise that a player turns the picture by. aspect: width of a pixel over its height.
     """
     base = MILLISECONDS if times is not None else Fraction(1, rate)
-    with av.open(path, "w", options=muxer or {}) as container:
+    with same_scheduling(), av.open(path, "w", options=muxer or {}) as container:
         stream = None
         for index, picture in enumerate(pictures):
             if stream is None:

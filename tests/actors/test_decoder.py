@@ -103,7 +103,9 @@ EVERY_SECOND = [list(range(0, 18, 2)), list(range(18, 36, 2))]
     ],
 )
 def test_containers_and_codecs(decoder: Decoder, tmp_path: Path, name: str, codec: str, pixels: str) -> None:
+    scheduling = os.sched_getscheduler(0)
     path = write_numbered(tmp_path / name, codec=codec, pixels=pixels)
+    assert os.sched_getscheduler(0) == scheduling
     clips = clips_of(decoder, path)
     assert numbers(clips) == EVERY_SECOND
     assert [clip.decoder for clip in clips] == ["pyav"] * 2
