@@ -41,7 +41,10 @@ def read_number(picture: Picture) -> int:
 
 @contextmanager
 def same_scheduling() -> Iterator[None]:
-    """SVT-AV1, where it may, makes the thread that calls it a real-time one for good; all others starve from then on."""
+    """SVT-AV1, where it may, makes the calling thread a real-time one for good: all others starve from then on."""
+    if not hasattr(os, "sched_getscheduler"):  # Linux alone has it
+        yield
+        return
     before = os.sched_getscheduler(0), os.sched_getparam(0)
     try:
         yield
