@@ -19,14 +19,16 @@ import pyarrow.compute
 import pyarrow.parquet
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from .storage import Storage
+from .storage import LocalStorage, Storage
 
 MANIFEST = "manifest.parquet"
 # No dots: WebDataset takes what stands before the first dot for the key. 60 characters leave room for a field
 # in the 100 that a tar header has.
 KEY = r"^[A-Za-z0-9][A-Za-z0-9_-]{0,59}$"
 _SHARD = re.compile(r"^shard-(\d{6,})\.(tar|json)$")
-_READERS = 16  # records read at once: enough to hide an object store's latency
+# Records read at once. Sixteen hide an object store's latency; on a disk they would wait for each other's lock.
+_STORE_READERS, _DISK_READERS = 16, 4
+_STRETCH = 32  # records that one of them reads in a row
 
 
 @dataclass(frozen=True)
@@ -296,9 +298,16 @@ def _rows_older_than_manifest(storage: Storage, folder: _Folder) -> dict[str, Ma
 def _rows(storage: Storage, folder: _Folder, known: dict[str, ManifestRow]) -> dict[str, ManifestRow]:
     """The rows of all shards with a sound record; those that are `known` are not read again."""
     unknown = sorted(folder.records.keys() - known.keys())
-    with ThreadPoolExecutor(_READERS) as readers:
-        records = readers.map(lambda name: read_sound_record(storage, name), unknown)
-        return known | {record.name: record.to_row() for record in records if record is not None}
+    # By stretches: a task for each record costs as much as reading it does.
+    stretches = [unknown[start : start + _STRETCH] for start in range(0, len(unknown), _STRETCH)]
+    with ThreadPoolExecutor(_DISK_READERS if isinstance(storage, LocalStorage) else _STORE_READERS) as readers:
+        found = readers.map(lambda names: _recorded(storage, names), stretches)
+        return known | {row.name: row for rows in found for row in rows}
+
+
+def _recorded(storage: Storage, names: Sequence[str]) -> list[ManifestRow]:
+    records = (read_sound_record(storage, name) for name in names)
+    return [record.to_row() for record in records if record is not None]
 
 
 def _number(row: ManifestRow) -> int:

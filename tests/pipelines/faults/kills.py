@@ -13,7 +13,7 @@ from pathlib import Path
 from reelway.cluster.manifest import tar_names
 from reelway.cluster.storage import Storage
 
-LOOK = 0.005  # seconds between two looks
+LOOK = 0.02  # seconds between two looks
 
 
 def wait_until(true: Callable[[], object], seconds: float = 60.0) -> bool:

@@ -11,7 +11,7 @@ from reelway.cluster.shards import verify
 from reelway.cluster.storage import Entry, Storage
 
 Files = dict[str, bytes]
-PAUSE = 0.01
+PAUSE = 0.02
 
 
 def files_of(out: Storage) -> Files:
