@@ -88,6 +88,7 @@ def command() -> Iterator[Figure]:
         with prompts.open("w") as file:
             file.writelines(f"{words}, take {index}\n" for index in range(PROMPTS))
         line = [sys.executable, "-m", "reelway.pipelines.cli", "trajectories", "--teacher", str(TINY)]
+        line += ["--set", "clip.frames=9"]  # a million whole clips would not fit on most disks, which is checked first
         began = time.perf_counter()
         with subprocess.Popen([*line, "--prompts", prompts, "--out", out, "--workers", "1"]) as driver:
             while not list(out.glob(".partial-*-shard-*")):
