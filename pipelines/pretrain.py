@@ -13,8 +13,9 @@ import torch
 import typer
 from rich.console import Console
 
-from ..actors.model_files import velocity_digest
+from ..actors.model_files import transformer_config, velocity_digest
 from ..cluster.storage import Storage
+from ..kernels.wan.config import CONFIGS
 from .models import write_model
 from .pretraining.finetune import check_inputs, check_teacher, fine_tune, origin
 from .pretraining.latents import make_latents
@@ -61,30 +62,13 @@ def pretrain_command(
         if latents is not None:
             tune(content.finetune, folder, *_tuning_inputs(latents, init, stage, vae), device=device)
         else:
-            _pretrain_on_the_world(content.pretrain, recipe, folder, (vae, init), stage, device)
+            if content.pretrain is None:
+                raise ValueError(f"recipe {recipe}: has no section 'pretrain'")
+            pretrain(content.pretrain, folder, stages=set(stage or Stage), device=device, init=init, vae=vae)
     except KeyboardInterrupt:
         console = Console(stderr=True)
         console.print(f"Stopped; what was done is kept in {folder}. The same command goes on from there.")
         raise typer.Exit(130) from None
-
-
-def _pretrain_on_the_world(
-    section: PretrainRecipe | None,
-    recipe: Path,
-    run: Path,
-    given: tuple[Path | None, Path | None],
-    stage: list[Stage] | None,
-    device: str,
-) -> None:
-    """given: folders of a VAE and of a teacher to begin with."""
-    vae, init = given
-    if section is None:
-        raise ValueError(f"recipe {recipe}: has no section 'pretrain'")
-    if init is not None:
-        check_teacher(init)
-    if vae is not None:
-        _adopt_vae(vae, run)
-    pretrain(section, run, stages=set(stage or Stage), device=device, init=init)
 
 
 def _tuning_inputs(
@@ -101,13 +85,21 @@ def _tuning_inputs(
 
 
 def pretrain(
-    recipe: PretrainRecipe, run: Path, *, stages: set[Stage], device: str = "cpu", init: Path | None = None
+    recipe: PretrainRecipe,
+    run: Path,
+    *,
+    stages: set[Stage],
+    device: str = "cpu",
+    init: Path | None = None,
+    vae: Path | None = None,
 ) -> None:
     """Run the stages in `run`, going on where an earlier call stopped.
 
-    init: a teacher's folder, with whose transformer the teacher's stage begins.
+    init: a teacher's folder, with whose transformer the teacher's stage begins. vae: a trained VAE's, to be copied.
     """
-    began_with = {} if init is None else {"init": velocity_digest(init)}
+    began_with = {} if init is None else _begin_with(init, recipe)
+    if vae is not None:
+        _adopt_vae(vae, run)
     _claim(run, "pretrain", {**recipe.model_dump(mode="json"), **began_with})
     if Stage.vae in stages:
         train_vae(recipe, run, device)
@@ -118,6 +110,14 @@ def pretrain(
         assert encoder is not None
         transformer = train_teacher(recipe, run, encoder, device, init)
         write_model(run / "model", transformer, encoder, shift=recipe.teacher.shift)
+
+
+def _begin_with(init: Path, recipe: PretrainRecipe) -> dict[str, str]:
+    """What a run keeps of the teacher that it begins with; ValueError where that is not of the recipe's size."""
+    check_teacher(init)
+    if transformer_config(init) != CONFIGS[recipe.model]:
+        raise ValueError(f"--init {init}: transformer/config.json: differs from the recipe's model, {recipe.model}")
+    return {"init": velocity_digest(init)}
 
 
 def tune(recipe: FineTuneRecipe, run: Path, latents: Storage, init: Path, *, device: str = "cpu") -> None:

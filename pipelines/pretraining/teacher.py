@@ -52,9 +52,7 @@ def _first_transformer(recipe: PretrainRecipe, init: Path | None) -> VideoTransf
     if init is None:
         _initialise(transformer)
         return transformer
-    config, state = read_transformer(init)
-    if config != transformer.config:
-        raise ValueError(f"--init {init}: transformer: is not of the recipe's model, {recipe.model}")
+    _, state = read_transformer(init)
     load_into(transformer, {name: value.float() for name, value in state.items()})
     return transformer
 

@@ -182,6 +182,13 @@ def test_a_teacher_begins_with_given_weights(tmp_path: Path, run: Path) -> None:
     assert "begun with the weights of another teacher" in (tmp_path / "model" / "README.md").read_text()
 
 
+def test_a_teacher_of_another_size_is_refused_before_anything_is_made(tmp_path: Path, small_teacher: Path) -> None:
+    given = {"init": small_teacher, "vae": small_teacher / "vae"}
+    with pytest.raises(ValueError, match=r"--init .*: transformer/config\.json: differs from the recipe's model, tiny"):
+        job.pretrain(recipe(), tmp_path / "run", stages=set(job.Stage), **given)
+    assert not (tmp_path / "run").exists()
+
+
 def test_card_tells_how_the_model_was_made_and_what_it_scores(run: Path) -> None:
     write_card(run, count=2, pictures=1, steps=2, guidance=1.0)
     text = (run / "model" / "README.md").read_text()
