@@ -106,6 +106,8 @@ def main() -> None:
     parser.add_argument("--level", type=int, default=1, help="of the sprites world")
     parser.add_argument("--side", type=int, default=8, help="latents of a picture's side")
     options = parser.parse_args()
+    if not (options.folder / "model_index.json").is_file() and not list(options.folder.glob("teacher-*/checkpoint.pt")):
+        parser.error(f"{options.folder}: neither a teacher's folder nor a run that has saved a teacher's checkpoint")
     teacher, name = read_teacher(options.folder)
     print(f"{name}: {options.count} held-out prompts, {options.steps} steps, guidance {options.guidance}\n")
     scores = picture_scores(teacher, options)
