@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import replace
 from typing import Any, Final, Protocol
 
 from ray.exceptions import RayActorError
@@ -175,13 +176,21 @@ class PlacedStream:
     async def prompt(self, text: str) -> Turn:
         """Switch the prompt. What was taken and not passed on is flushed too: `next` moves on."""
         turn: Turn = await self.call("prompt", text, self.next)
-        flushed = max(0, turn.frame - self.next)
+        flushed = 0
         if self.turns and self.turns[-1].block == turn.block:
-            flushed = max(flushed, self.turns.pop().flushed)
-        turn = Turn(turn.block, turn.text, len(self.turns) + 1, turn.frame, flushed)
-        self.turns.append(turn)
+            flushed = self.turns.pop().flushed
+        self.turns.append(Turn(turn.block, text, len(self.turns) + 1, turn.frame, flushed))
+        self._void()
         self.next = max(self.next, turn.frame)
-        return turn
+        return self.turns[-1]
+
+    def _void(self) -> None:
+        """Switches that the viewer has not seen, as after another socket, are dropped with all that lies before them."""
+        had = self.next
+        for place, turn in enumerate(self.turns):
+            if turn.frame > had:
+                self.turns[place] = replace(turn, flushed=max(turn.flushed, turn.frame - had))
+                had = turn.frame
 
     def fresh(self, pieces: Sequence[Piece]) -> list[Piece]:
         """Of pieces that were taken, those that are still wanted."""

@@ -1,6 +1,7 @@
 """The small clocks and logs of a live session. Times are arguments, so that each can be tested by itself."""
 
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from ...actors.scheduler import Piece, Turn
@@ -104,21 +105,22 @@ class Wanted:
 
 @dataclass(frozen=True)
 class _Coming:
-    """A prompt that the worker has taken, and that no frame shows yet."""
+    """A prompt that the worker has taken, and that no frame shows yet. since: the first frame that was dropped."""
 
     wanted: Wanted
     turn: Turn
-    flushed: int
+    since: int
     replaced: int
 
 
 class PromptLog:
     """A stream's prompts from message to picture. Of several that wait, the last one wins."""
 
-    def __init__(self, rate: Rate) -> None:
+    def __init__(self, rate: Rate, missed: Sequence[Turn] = (), now: float = 0.0) -> None:
+        """missed: what an earlier socket asked for, and this one's viewer has not seen."""
         self._rate = rate
         self.wanted: Wanted | None = None
-        self._coming: _Coming | None = None
+        self._coming = [_Coming(Wanted(turn.text, now, 0), turn, turn.frame - turn.flushed, 0) for turn in missed]
 
     def want(self, text: str, now: float) -> None:
         """BadMessage where they come too fast."""
@@ -127,13 +129,9 @@ class PromptLog:
         replaced = 0 if self.wanted is None else self.wanted.replaced + 1
         self.wanted = Wanted(text, now, replaced)
 
-    def took(self, wanted: Wanted, turn: Turn, flushed: int) -> None:
-        """The worker has taken a prompt; `flushed` frames were dropped for it."""
-        replaced = wanted.replaced
-        if self._coming is not None:
-            replaced += self._coming.replaced + 1
-            flushed += self._coming.flushed
-        self._coming = _Coming(wanted, turn, flushed, replaced)
+    def took(self, wanted: Wanted, turn: Turn, since: int) -> None:
+        """The worker has taken a prompt; frames from `since` to the turn's were dropped for it."""
+        self._coming = [_merge([*self._coming, _Coming(wanted, turn, since, wanted.replaced)])]
         if self.wanted is wanted:
             self.wanted = None
         elif self.wanted is not None:  # it came while this one was being passed on, so it has not replaced it
@@ -141,16 +139,23 @@ class PromptLog:
 
     def shown(self, first: int, chunk: int, now: float) -> PromptShown | None:
         """The record that belongs before a piece, if it is the first of a new prompt."""
-        coming = self._coming
-        if coming is None or chunk < coming.turn.block:
+        begun = [coming for coming in self._coming if coming.turn.block <= chunk]
+        if not begun:
             return None
-        self._coming = None
+        self._coming = self._coming[len(begun) :]
+        coming = _merge(begun)
         return PromptShown(
             index=coming.turn.index,
             text=coming.turn.text,
             block=coming.turn.block,
             frame=first,
-            flushed=coming.flushed,
+            flushed=max(0, coming.turn.frame - coming.since),
             replaced=coming.replaced,
             seconds=now - coming.wanted.came,
         )
+
+
+def _merge(several: Sequence[_Coming]) -> _Coming:
+    """The last one, in whose place the others were never seen."""
+    replaced = sum(one.replaced for one in several) + len(several) - 1
+    return replace(several[-1], since=min(one.since for one in several), replaced=replaced)

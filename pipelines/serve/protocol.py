@@ -329,8 +329,8 @@ never says `seen` gets that much and no more, and after the idle limit its strea
 **Pace.** Media comes at the pace of the playback, a moment ahead of it, so that a new prompt shows soon.
 
 **After a lost socket** the client opens another one and sends `reconnect` with the stream's id and the first frame
-that it did not receive. The frames are those that the first socket would have brought. A stream that no socket is
-connected to is kept for some minutes.
+that it did not receive. The frames are those that the first socket would have brought, and a `prompt` that was not
+seen over it is told over the second. A stream that no socket is connected to is kept for some minutes.
 
 **Binary messages** from the server: byte 0 is the kind, bytes 1 to 8 the index of the first frame (unsigned,
 big-endian), the rest is the media.

@@ -95,7 +95,8 @@ class LiveSession:
         self._asked = -1  # the frame from which the worker was last asked for pictures
         self._still_since: float | None = None
         self._held_at = 0.0  # when the worker last heard that the stream is wanted, while it stands still
-        self._prompts = PromptLog(services.limits.prompts())
+        missed = [turn for turn in self._stream.turns if turn.frame > self._first]
+        self._prompts = PromptLog(services.limits.prompts(), missed, came)
         self._refusals = 0
         self._fed = 0
         self._due_said = -1
@@ -271,7 +272,7 @@ class LiveSession:
             except ValueError:  # the stream has just ended: the next pictures that are asked for say why
                 self._prompts.wanted = None
                 return
-            self._prompts.took(wanted, turn, max(0, turn.frame - before))
+            self._prompts.took(wanted, turn, before)
             self._metrics.flushed.inc(max(0, turn.frame - before))
             self._buffer = deque(self._stream.fresh(self._buffer))
             self._chunk = None

@@ -298,6 +298,27 @@ def test_a_stream_goes_on_on_another_socket(server: LocalServer, expected: list[
         assert [record["code"] for record in late.rest()] == ["unknown_stream"]
 
 
+def test_a_switch_is_told_to_the_socket_that_comes_next(server: LocalServer) -> None:
+    """The first one ends while the stream stands still, so that no frame of the new prompt was sent over it."""
+    with server.viewer() as viewer:
+        viewer.attentive = False
+        ready = viewer.start()
+        while (sent := len(viewer.pictures)) <= round(ready["seen_within"] * ready["frame_rate"]):
+            viewer.more_media()
+        viewer.say(type="prompt", text=BLUE)
+        server.wait_until(lambda: bool(server.services.state.read_session(ready["stream"]).turns))
+        viewer.socket.socket.close()
+    with server.viewer() as again:
+        again.say(type="reconnect", version=1, stream=ready["stream"], frame=sent, media="jpeg")
+        shown = again.until("prompt")
+        assert again.pictures == {}
+        again.chunks(1)
+        again.say(type="stop")
+        again.rest()
+    assert (shown["index"], shown["text"]) == (1, BLUE)
+    assert shown["frame"] == min(again.pictures) == sent + shown["flushed"] > sent
+
+
 @pytest.mark.slow
 def test_an_uploaded_video_outlives_its_socket(server: LocalServer, tmp_path: Path) -> None:
     """The second socket does not send it again, and goes on to its end."""

@@ -162,10 +162,10 @@ def test_of_prompts_that_wait_the_last_one_wins() -> None:
     wanted = log.wanted
     assert wanted is not None
     assert (wanted.text, wanted.replaced) == ("c", 2)
-    log.took(wanted, Turn(5, "c", 1, 57, 9), 9)
+    log.took(wanted, Turn(5, "c", 1, 57, 9), 48)
     log.want("d", 3.0)
     assert log.wanted is not None
-    log.took(log.wanted, Turn(6, "d", 2, 69, 12), 12)
+    log.took(log.wanted, Turn(6, "d", 2, 69, 12), 57)
     assert log.shown(60, 5, 4.0) is None
     shown = log.shown(69, 6, 4.5)
     assert shown is not None
@@ -182,16 +182,37 @@ def test_a_prompt_that_was_passed_on_is_not_counted_as_replaced() -> None:
     assert first is not None
     log.want("b", 0.1)
     log.want("c", 0.2)
-    log.took(first, Turn(5, "a", 1, 57, 0), 0)
+    log.took(first, Turn(5, "a", 1, 57, 0), 57)
     shown = log.shown(57, 5, 1.0)
     assert shown is not None
     assert (shown.text, shown.replaced) == ("a", 0)
     last = log.wanted
     assert last is not None
-    log.took(last, Turn(7, "c", 2, 81, 0), 0)
+    log.took(last, Turn(7, "c", 2, 81, 0), 81)
     shown = log.shown(81, 7, 2.0)
     assert shown is not None
     assert (shown.text, shown.replaced) == ("c", 1)
+
+
+def test_what_an_earlier_socket_asked_for_is_said_to_the_next() -> None:
+    """Each at its own block; of two that no frame was shown between, the last one; and a new one is instead of all."""
+    missed = [Turn(5, "a", 1, 57, 9), Turn(6, "b", 2, 69, 12), Turn(9, "c", 3, 105, 0)]
+    log = PromptLog(Rate(100, 1.0), missed, 10.0)
+    assert log.shown(45, 4, 10.5) is None
+    shown = log.shown(69, 6, 11.0)
+    assert shown is not None
+    assert (shown.text, shown.flushed, shown.replaced, shown.seconds) == ("b", 21, 1, 1.0)
+    shown = log.shown(105, 9, 12.0)
+    assert shown is not None
+    assert (shown.index, shown.text, shown.flushed, shown.replaced) == (3, "c", 0, 0)
+    log = PromptLog(Rate(100, 1.0), missed, 10.0)
+    log.want("d", 10.1)
+    assert log.wanted is not None
+    log.took(log.wanted, Turn(10, "d", 4, 117, 77), 40)
+    assert log.shown(57, 5, 10.2) is None
+    shown = log.shown(117, 10, 11.1)
+    assert shown is not None
+    assert (shown.text, shown.flushed, shown.replaced, shown.seconds) == ("d", 77, 3, pytest.approx(1.0))
 
 
 def test_prompts_have_a_rate() -> None:

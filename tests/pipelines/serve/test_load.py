@@ -127,7 +127,7 @@ def test_the_real_server_loses_nothing(small_student: Path, tmp_path: Path) -> N
     with LocalServer(small_student, tmp_path / "state") as real:
         for seconds in (4.0, 12.0, 36.0, 60.0):  # a slow machine needs longer for the same
             report = asyncio.run(watched(real, 3, seconds, **options))
-            assert report["frames"]["lost"] == report["frames"]["doubled"] == 0
+            assert report["frames"]["lost"] == report["frames"]["doubled"] == 0, report["each"]
             assert report["garbage"]["unanswered"] == []
             if report["prompt_to_frame"]["count"] and report["reconnects"]["count"]:
                 break
