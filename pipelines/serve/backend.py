@@ -185,7 +185,7 @@ class PlacedStream:
         return self.turns[-1]
 
     def _void(self) -> None:
-        """Switches that the viewer has not seen, as after another socket, are dropped with all that lies before them."""
+        """Switches that the viewer has not seen, as after another socket, are dropped with what lies before them."""
         had = self.next
         for place, turn in enumerate(self.turns):
             if turn.frame > had:
