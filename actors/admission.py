@@ -7,20 +7,13 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 from .generator import Student
+from .orders import Busy, TooSlow
 from .streams import StreamPlan
 from .timeline import Layout
 
 LIVE_RATE: Final = 16.0  # frames per second that `capacity` reckons with: Wan2.1's
 MOST: Final = 10_000  # streams; no machine serves more
 NEW: Final = 0.2  # weight of what was seen last, in a moving mean
-
-
-class Busy(ValueError):
-    """No room for a stream: bytes or sessions. The message says which, in figures."""
-
-
-class TooSlow(Busy):
-    """No room for a stream by the speed that was measured, which other work on the machine lowers."""
 
 
 class Kind(NamedTuple):

@@ -7,7 +7,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from .sessions import Counts, Piece, Session
+from .orders import Piece
+from .sessions import Counts, Session
 
 GAPS_KEPT: Final = 4096
 

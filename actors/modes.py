@@ -7,6 +7,7 @@ from typing import Final, Literal
 
 Mode = Literal["rolling", "overlap"]  # a window with a sink; segments that overlap by a block
 MODES: Final[tuple[Mode, ...]] = ("rolling", "overlap")
+SNAPSHOT: Final = "reelway.stream"  # names the JSON in a file that holds a stream
 CLIP_LATENTS: Final = 21  # latent frames of the clips that Wan2.1 was trained on: 81 frames, 5 seconds
 
 

@@ -21,16 +21,15 @@ from dataclasses import asdict
 from typing import Any, Final, TypeVar
 
 from ..kernels.clips import Pixels
-from .admission import Admission, Busy, Held, Kind, Speeds, TooSlow
+from .admission import Admission, Held, Kind, Speeds
 from .figures import Figures
 from .generator import NoRoom, Student
+from .orders import Busy, StreamOrder, Taken
 from .rounds import Round, next_round
-from .sessions import Begun, Piece, Session, StreamOrder, Taken
+from .sessions import Begun, Session
 from .streams import Snapshot, Stream, StreamPlan, make_together, settle
 from .timeline import Turn
 from .warmup import finish, measure_blocks
-
-__all__ = ["Busy", "Piece", "Scheduler", "StreamOrder", "Taken", "TooSlow", "Turn"]
 
 T = TypeVar("T")
 FAILURES: Final = (ArithmeticError, RuntimeError, ValueError)  # of one stream; torch's are RuntimeErrors

@@ -27,14 +27,13 @@ from ..kernels.causal.generator import ChunkGenerator, append_blocks, next_block
 from ..kernels.clips import Pixels
 from ..kernels.diffusion.noise import SampleKey
 from ..kernels.wan.vae import VAEState
-from .modes import CLIP_LATENTS, Mode, Redraw
+from .modes import CLIP_LATENTS, SNAPSHOT, Mode, Redraw
 from .pretraining import to_pixels, to_video
 
 if TYPE_CHECKING:
     from .generator import Student
 
 SNAPSHOT_VERSION: Final = 1
-NAME: Final = "reelway.stream"  # of the JSON in a snapshot's file
 
 # The motion-adaptive noise of StreamDiffusionV2 (arXiv 2511.07399): fast motion gets less noise, so that it follows
 # the source; the level moves slowly, so that the picture does not pulse.
@@ -77,7 +76,7 @@ class Snapshot:
     def write(self, path: Path) -> None:
         """Write one .safetensors file, whole or not at all."""
         staged = path.with_name(f".{path.name}.partial")
-        staged.write_bytes(save(self.tensors, {NAME: json.dumps(self.info)}))
+        staged.write_bytes(save(self.tensors, {SNAPSHOT: json.dumps(self.info)}))
         staged.replace(path)
 
     @classmethod
@@ -88,7 +87,7 @@ class Snapshot:
         try:
             with safe_open(path, "pt") as file:
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 -- not a dict
-                return cls(tensors, json.loads((file.metadata() or {})[NAME]))
+                return cls(tensors, json.loads((file.metadata() or {})[SNAPSHOT]))
         except (SafetensorError, KeyError) as error:
             raise ValueError(f"{path}: not a snapshot of a stream ({error})") from None
 

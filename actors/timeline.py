@@ -5,8 +5,10 @@ from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
-from ..kernels.causal.student import StudentSettings
+if TYPE_CHECKING:
+    from ..kernels.causal.student import StudentSettings
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Layout:
     factor: int
 
     @classmethod
-    def of(cls, settings: StudentSettings, factor: int) -> "Layout":
+    def of(cls, settings: "StudentSettings", factor: int) -> "Layout":
         return cls(settings.size_of(0), settings.block, factor)
 
     def start(self, block: int) -> int:

@@ -19,7 +19,8 @@ import torch
 import typer
 
 from reelway.actors.generator import Student
-from reelway.actors.scheduler import Scheduler, StreamOrder
+from reelway.actors.orders import StreamOrder
+from reelway.actors.scheduler import Scheduler
 
 PROMPT = "a small red star drifts left"
 

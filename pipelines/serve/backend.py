@@ -9,10 +9,11 @@ from ray.exceptions import RayActorError
 from ray.serve.exceptions import RayServeException
 from ray.serve.handle import DeploymentHandle
 
-from ...actors.scheduler import Piece, StreamOrder, Turn
+from ...actors.orders import Piece, StreamOrder
+from ...actors.timeline import Turn
 from .placement import Placed, Refused, Waiting
 from .pool import WorkerGone, ask
-from .worker import Moved, Moving, WorkerInfo
+from .terms import Moved, Moving, WorkerInfo
 
 ASK_AGAIN: Final = 0.5  # seconds between two calls of one who waits for a place
 AWAY: Final = (RayActorError, RayServeException)  # the pool's replica has died, and Serve starts another

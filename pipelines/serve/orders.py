@@ -6,8 +6,8 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
-from ...actors.scheduler import StreamOrder
-from ...actors.streams import Redraw
+from ...actors.modes import Redraw
+from ...actors.orders import StreamOrder
 from ...kernels.clips import Pixels
 from .backend import ASK_AGAIN, Backend, PlacedStream
 from .config import ServeConfig

@@ -4,7 +4,8 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from ...actors.scheduler import Piece, Turn
+from ...actors.orders import Piece
+from ...actors.timeline import Turn
 from .limits import Rate
 from .protocol import BadMessage, Chunk, PromptShown
 

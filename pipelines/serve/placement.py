@@ -8,7 +8,7 @@ import secrets
 from dataclasses import dataclass, field
 from typing import Any, Final, Literal
 
-from .worker import WorkerInfo, WorkerSettings
+from .terms import WorkerInfo, WorkerSettings
 
 HIGH_LOAD: Final = 0.85  # mean load of the workers above which another one is started
 LOW_LOAD: Final = 0.5  # load that the others may have after a worker with streams is let go

@@ -16,10 +16,11 @@ import ray
 from ray import serve
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
-from ...actors.scheduler import Busy, StreamOrder, TooSlow, Turn
+from ...actors.orders import Busy, StreamOrder, TooSlow
+from ...actors.timeline import Turn
 from ...cluster.pool_host import reason_of_death
 from .placement import Fleet, FleetSettings, Member, Placed, Refused, Waiting
-from .worker import Moved, StreamWorker, WorkerSettings
+from .terms import Moved, WorkerSettings
 
 TICK: Final = 0.5  # seconds between two looks at a worker, and at the fleets
 ANSWER_SECONDS: Final = 10.0  # for a worker to say how it is
@@ -49,18 +50,30 @@ class Hands(Protocol):
 async def ask(handle: Any, method: str, *arguments: Any) -> Any:
     """Call a worker that is a Ray actor. Raises what the worker raised, as it was raised there, or WorkerGone."""
     try:
-        return await getattr(handle, method).remote(*arguments)
+        return await handle.call.remote(method, *arguments)
     except RayTaskError as error:
         raise error.cause from None
     except RayActorError as error:
         raise WorkerGone(reason_of_death(error), not isinstance(error, ActorUnavailableError)) from None
 
 
+class WorkerProcess:
+    """A `StreamWorker` as an actor. It is imported where it runs, and torch with it: the pool starts without."""
+
+    def __init__(self, worker: str, model: str, settings: WorkerSettings) -> None:
+        from .worker import StreamWorker
+
+        self._worker = StreamWorker(worker, model, settings)
+
+    async def call(self, method: str, *arguments: Any) -> Any:
+        return await getattr(self._worker, method)(*arguments)
+
+
 class RayHands:
     """Workers as Ray actors of the process that starts them."""
 
     def start(self, worker: str, model: str, settings: FleetSettings) -> Any:
-        actor = ray.remote(StreamWorker).options(
+        actor = ray.remote(WorkerProcess).options(
             num_cpus=settings.cpus, num_gpus=settings.gpus, memory=settings.memory, max_restarts=0, max_task_retries=0
         )
         return actor.remote(worker, model, settings.worker)

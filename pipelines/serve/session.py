@@ -15,7 +15,7 @@ from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any, Final, TypeVar
 
-from ...actors.scheduler import Piece
+from ...actors.orders import Piece
 from .backend import Gone
 from .media import Encoder, encoder
 from .orders import RECORD_CHUNKS, Opened, Services, describe

@@ -1,4 +1,4 @@
-"""What outlives a worker: who streams what, and each stream's newest snapshots, in a folder or an object store.
+"""What outlives a worker: who streams what, and which snapshots there are, in a folder or an object store.
 
 A stream keeps `KEPT` snapshots in as many files, which are written in turn. So nothing has to be listed or deleted
 while it runs, and no index can disagree with the files: a file's header says which block it is of.
@@ -7,10 +7,7 @@ while it runs, and no index can disagree with the files: a file's header says wh
 import io
 import json
 import re
-import sys
-import threading
 import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,11 +15,9 @@ from typing import Any, Final
 import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load, save
 
-from ...actors.streams import NAME, Snapshot
-from ...actors.timeline import Layout, Turn
+from ...actors.modes import SNAPSHOT
+from ...actors.timeline import Turn
 from ...cluster.storage import Storage
 from ...kernels.clips import Pixels
 
@@ -75,8 +70,6 @@ class State:
 
     def __init__(self, address: str | Path) -> None:
         self.storage = Storage.open(address)
-        self._counts: dict[str, int] = {}  # snapshots that each stream has kept, for streams that were written here
-        self._lock = threading.Lock()
 
     # --- Sessions --------------------------------------------------------------------------------------------------
 
@@ -113,35 +106,14 @@ class State:
 
     # --- Snapshots -------------------------------------------------------------------------------------------------
 
-    def keep(self, stream: str, block: int, snapshot: Snapshot) -> int:
-        """Store a snapshot taken at the edge before block `block`; the newest three stay. Returns its bytes."""
-        count = self._next_count(stream)
-        mark = json.dumps({"count": count, "block": block})
-        content = save(snapshot.tensors, {NAME: json.dumps(snapshot.info), KEEPING: mark})
-        self.storage.publish(_snapshot(stream, count % KEPT), content, replace=True)
-        return len(content)
-
-    def newest(self, stream: str, frame: int, fits: Callable[[Kept], bool] = lambda kept: True) -> Snapshot | None:
-        """The newest snapshot from which frame `frame` is still to be shown; fits: whether one will do.
-
-        A broken file is passed over: an older snapshot, or the stream's beginning, gives the same pictures.
-        """
-        found = [kept for kept in self.kept(stream) if kept.frames_out <= frame and fits(kept)]
-        for kept in sorted(found, key=lambda kept: kept.frames_out, reverse=True):
-            snapshot = self._read(kept.name)
-            if snapshot is not None and snapshot.info == kept.info:  # else it was overwritten at this moment
-                return snapshot
-        return None
-
     def kept(self, stream: str) -> list[Kept]:
         """The snapshots that are there, oldest first."""
-        found = [self._header(_snapshot(stream, slot)) for slot in range(KEPT)]
+        found = [self._header(snapshot_name(stream, slot)) for slot in range(KEPT)]
         return sorted((kept for kept in found if kept is not None), key=lambda kept: kept.count)
 
     def forget(self, stream: str) -> None:
         """Remove the session and its snapshots; what is gone already is no error."""
-        self.let_go(stream)
-        names = [_snapshot(stream, slot) for slot in range(KEPT)]
+        names = [snapshot_name(stream, slot) for slot in range(KEPT)]
         names += [_session(stream, suffix) for suffix in ("png", "video", "json")]
         for name in names:
             self.storage.delete(name)
@@ -160,21 +132,7 @@ class State:
             self.forget(stream)
         return stale
 
-    def let_go(self, stream: str) -> None:
-        """Hold nothing of this stream in memory."""
-        with self._lock:
-            self._counts.pop(stream, None)
-
     # --- Inside ----------------------------------------------------------------------------------------------------
-
-    def _next_count(self, stream: str) -> int:
-        with self._lock:
-            known = self._counts.get(stream)
-        if known is None:  # another worker may have kept some
-            known = max((kept.count + 1 for kept in self.kept(stream)), default=0)
-        with self._lock:
-            self._counts[stream] = known + 1
-        return known
 
     def _header(self, name: str) -> Kept | None:
         """What a snapshot's file says of itself; None where there is none or it is broken."""
@@ -184,113 +142,14 @@ class State:
                 header = file.read(size) if size <= HEADER_BYTES else b""
         except FileNotFoundError:
             return None
-        return _parsed(name, header)
-
-    def _read(self, name: str) -> Snapshot | None:
-        try:
-            content = self.storage.read(name)
-            tensors = load(content)
-        except (FileNotFoundError, SafetensorError):
-            return None
-        kept = _parsed(name, content[8 : 8 + int.from_bytes(content[:8], "little")])
-        return None if kept is None else Snapshot(tensors, kept.info)
+        return parsed(name, header)
 
 
-class Keeper:
-    """Stores snapshots in a thread of its own, so that no stream waits for the store.
-
-    Of each stream the newest waits; one that was not yet written when the next came is passed over. A store that
-    fails is told in `stats` and on stderr: the streams go on, and would be made again from an older snapshot.
-    """
-
-    def __init__(self, state: State, layout: Layout) -> None:
-        self.state, self.layout = state, layout
-        self._waiting: dict[str, Snapshot] = {}
-        self._changed = threading.Condition()
-        self._stopped = False
-        self._figures: dict[str, Any] = {
-            "written": 0,
-            "passed_over": 0,
-            "failed": 0,
-            "bytes": 0,
-            "seconds": 0.0,
-            "error": "",
-        }
-        self._thread = threading.Thread(target=self._run, name="keeper", daemon=True)
-        self._thread.start()
-
-    def put(self, stream: str, snapshot: Snapshot) -> None:
-        """Have a snapshot stored soon."""
-        with self._changed:
-            self._figures["passed_over"] += stream in self._waiting
-            self._waiting[stream] = snapshot
-            self._changed.notify_all()
-
-    def write(self, stream: str, snapshot: Snapshot) -> bool:
-        """Store a snapshot now; whether it is there."""
-        began = time.perf_counter()
-        try:
-            size = self.state.keep(stream, block_of(snapshot, self.layout), snapshot)
-        except OSError as error:
-            print(f"stream {stream}: a snapshot could not be kept: {error}", file=sys.stderr)
-            with self._changed:
-                self._figures |= {"failed": self._figures["failed"] + 1, "error": str(error)}
-            return False
-        with self._changed:
-            self._figures["written"] += 1
-            self._figures["bytes"] += size
-            self._figures["seconds"] += time.perf_counter() - began
-        return True
-
-    def drop(self, stream: str) -> None:
-        """The stream is no longer here: what waits is not written."""
-        with self._changed:
-            self._waiting.pop(stream, None)
-        self.state.let_go(stream)
-
-    def stop(self) -> None:
-        """Write what waits, and end."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
-        self._thread.join()
-
-    def stats(self) -> dict[str, Any]:
-        """Snapshots written, passed over and failed; bytes and seconds of all that were written; the last error."""
-        with self._changed:
-            return dict(self._figures)
-
-    def _run(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._stopped)
-                if not self._waiting:
-                    return
-                stream = next(iter(self._waiting))
-                snapshot = self._waiting.pop(stream)
-            self.write(stream, snapshot)
-
-
-def block_of(snapshot: Snapshot, layout: Layout) -> int:
-    """The number of blocks that were made before a snapshot."""
-    position = snapshot.tensors["generator.cache.next_position"]
-    return layout.blocks(int(snapshot.tensors["generator.origin"]) + int(position))
-
-
-def prompts_agree(kept: Kept, prompt: str, turns: Sequence[Turn], layout: Layout) -> bool:
-    """Whether a snapshot was made under the prompts of this log, as far as it goes.
-
-    It was not where a worker took a prompt and died before anybody else knew of it, or did not hear of one.
-    """
-    held = [(layout.blocks(int(latents)), text) for latents, text in kept.info["prompts"]]
-    return held == [(0, prompt), *((turn.block, turn.text) for turn in turns if turn.block < kept.block)]
-
-
-def _parsed(name: str, header: bytes) -> Kept | None:
+def parsed(name: str, header: bytes) -> Kept | None:
     try:
         metadata = json.loads(header)["__metadata__"]
         mark = json.loads(metadata[KEEPING])
-        return Kept(name, int(mark["count"]), int(mark["block"]), json.loads(metadata[NAME]))
+        return Kept(name, int(mark["count"]), int(mark["block"]), json.loads(metadata[SNAPSHOT]))
     except (ValueError, KeyError, TypeError):
         return None
 
@@ -299,7 +158,7 @@ def _session(stream: str, suffix: str) -> str:
     return f"{SESSIONS}/{_checked(stream)}.{suffix}"
 
 
-def _snapshot(stream: str, slot: int) -> str:
+def snapshot_name(stream: str, slot: int) -> str:
     return f"{SNAPSHOTS}/{_checked(stream)}.{slot}.safetensors"
 
 

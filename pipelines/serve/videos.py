@@ -20,7 +20,7 @@ import numpy as np
 from PIL import Image
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ...actors.scheduler import StreamOrder
+from ...actors.orders import StreamOrder
 from ...kernels.clips import Pixels
 from ..video import VideoWriter
 from .backend import Gone, NoPlace, PlacedStream

@@ -14,17 +14,20 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, TypeVar
 
 import torch
 
 from ...actors.admission import LIVE_RATE
 from ...actors.generator import Student
-from ...actors.scheduler import Piece, Scheduler, StreamOrder, Taken, TooSlow, Turn
+from ...actors.orders import Piece, StreamOrder, Taken, TooSlow
+from ...actors.scheduler import Scheduler
 from ...actors.streams import Snapshot
-from ...actors.timeline import Layout
+from ...actors.timeline import Layout, Turn
 from ...kernels.clips import Pixels
-from .state import Keeper, Kept, State, prompts_agree
+from .snapshots import Keeper, Snapshots, prompts_agree
+from .state import Kept
+from .terms import Moved, Moving, WorkerInfo, WorkerSettings
 
 T = TypeVar("T")
 LONGEST_WAIT: Final = 10.0  # seconds that one `take` may wait
@@ -35,68 +38,6 @@ MEASURE_AGAIN: Final = 10.0  # seconds between two measurements of a worker that
 KEEP_RATE: Final = 100e6  # bytes per second of a stream's life that its snapshots may come to, unless told otherwise
 KEEP_DISTANCE: Final = 4  # blocks between two snapshots that are small
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class WorkerSettings:
-    """How a worker runs. path: the student's folder; state: address of the store, None: snapshots are not kept.
-
-    dtype: "float32" or "bfloat16", None: the device's default. threads: of torch. budget: bytes of streams.
-    keep_every: blocks between two snapshots of a stream, None: as `usual_distance` has it. size: height and width of
-    orders that name none, which the worker is warmed up with; None: the student's own. abandoned_seconds: after so
-    long without any call a stream is closed.
-    """
-
-    path: str
-    state: str | None = None
-    device: str = "cpu"
-    dtype: str | None = None
-    threads: int | None = None
-    budget: int | None = None
-    sessions: int | None = None
-    ahead: int = 2
-    keep_every: int | None = None
-    load: float = 0.9
-    size: tuple[int, int] | None = None
-    batches: tuple[int, ...] = (1, 2, 4)
-    abandoned_seconds: float = 60.0
-
-
-@dataclass(frozen=True)
-class WorkerInfo:
-    """A worker that is ready. fingerprint: of its student; snapshots go from one worker to another if it is the same.
-
-    size: height and width of orders that name none. temporal: frames of a latent frame after the first. block,
-    first_block: latent frames. keep_every: blocks between two snapshots of a stream. snapshot_bytes: of one.
-    """
-
-    id: str
-    node: str
-    pid: int
-    model: str
-    device: str
-    fingerprint: str
-    capacity: dict[str, Any]
-    size: tuple[int, int]
-    block: int
-    first_block: int
-    temporal: int
-    keep_every: int
-    snapshot_bytes: int
-
-
-@dataclass(frozen=True)
-class Moving:
-    """What `take` gives once a stream has left its worker: ask the pool for another one and go on there."""
-
-    pieces: tuple[Piece, ...] = ()
-    state: Literal["moved"] = "moved"
-    reason: str = ""
-    due: int = 0
-
-
-class Moved(ValueError):
-    """The stream has left this worker, or the worker takes none: ask the pool for another one."""
 
 
 @dataclass
@@ -128,7 +69,7 @@ class StreamWorker:
 
     def __init__(self, worker: str, model: str, settings: WorkerSettings) -> None:
         self.id, self.model, self.settings = worker, model, settings
-        self.state = State(settings.state) if settings.state else None
+        self.state = Snapshots(settings.state) if settings.state else None
         self.draining = False
         self.broken = ""  # why the scheduler's thread ended
         self._info: WorkerInfo | None = None

@@ -16,8 +16,10 @@ import torch
 
 from reelway.actors.admission import Kind, Speeds
 from reelway.actors.generator import Student
-from reelway.actors.scheduler import Busy, Piece, Scheduler, StreamOrder, TooSlow, Turn
+from reelway.actors.orders import Busy, Piece, StreamOrder, TooSlow
+from reelway.actors.scheduler import Scheduler
 from reelway.actors.streams import Redraw, Snapshot
+from reelway.actors.timeline import Turn
 
 SIZE = 16  # pixels: the smallest there is
 RED, BLUE = "a small red star drifts left", "two blue circles on white"

@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from reelway.actors.scheduler import Piece, StreamOrder, Taken, Turn
+from reelway.actors.orders import Piece, StreamOrder, Taken
+from reelway.actors.timeline import Turn
 from reelway.pipelines.serve.config import ServeConfig
 from reelway.pipelines.serve.keys import Keyring
 from reelway.pipelines.serve.limits import Limits

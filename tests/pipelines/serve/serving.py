@@ -14,7 +14,8 @@ import uvicorn
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import ClientConnection, connect
 
-from reelway.actors.scheduler import StreamOrder, Turn
+from reelway.actors.orders import StreamOrder
+from reelway.actors.timeline import Turn
 from reelway.pipelines.serve.config import ServeConfig, fleets
 from reelway.pipelines.serve.gateway import create_app
 from reelway.pipelines.serve.keys import Keyring

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from reelway.actors.scheduler import Piece, Turn
+from reelway.actors.orders import Piece
+from reelway.actors.timeline import Turn
 from reelway.pipelines.serve.config import LimitsConfig
 from reelway.pipelines.serve.keys import ANYBODY, Keyring, hash_of, make_key, read_keys
 from reelway.pipelines.serve.limits import Limits, Rate

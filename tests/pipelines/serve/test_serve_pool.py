@@ -15,7 +15,8 @@ import pytest
 import torch
 
 from reelway.actors.generator import Student
-from reelway.actors.scheduler import Busy, StreamOrder, TooSlow, Turn
+from reelway.actors.orders import Busy, StreamOrder, TooSlow
+from reelway.actors.timeline import Turn
 from reelway.cluster.session import Session
 from reelway.pipelines.serve import pool as pool_module
 from reelway.pipelines.serve.backend import Backend, RayBackend
@@ -31,7 +32,7 @@ from reelway.pipelines.serve.placement import (
     load_of,
 )
 from reelway.pipelines.serve.pool import Pool, RayHands, WorkerGone, pool_application
-from reelway.pipelines.serve.worker import Moved, WorkerInfo, WorkerSettings
+from reelway.pipelines.serve.terms import Moved, WorkerInfo, WorkerSettings
 
 from .serving import Hands, LocalBackend
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from reelway.actors.scheduler import StreamOrder
+from reelway.actors.orders import StreamOrder
 from reelway.pipelines.serve.backend import PlacedStream
 from reelway.pipelines.serve.placement import Placed
 from reelway.pipelines.serve.session import LiveSession

@@ -13,7 +13,8 @@ import torch
 from reelway.actors.generator import Student
 from reelway.actors.streams import Snapshot
 from reelway.actors.timeline import Layout, Turn
-from reelway.pipelines.serve.state import KEPT, Keeper, Kept, SessionRecord, State, block_of, prompts_agree
+from reelway.pipelines.serve.snapshots import Keeper, Snapshots, block_of, prompts_agree
+from reelway.pipelines.serve.state import KEPT, Kept, SessionRecord
 
 SIZE = {"height": 32, "width": 32}
 LAYOUT = Layout(first=2, block=3, factor=4)
@@ -33,19 +34,19 @@ def record(stream: str = "one", **changes: Any) -> SessionRecord:
 
 
 @pytest.fixture
-def state(tmp_path: Path) -> State:
-    return State(tmp_path / "state")
+def state(tmp_path: Path) -> Snapshots:
+    return Snapshots(tmp_path / "state")
 
 
 # --- Sessions --------------------------------------------------------------------------------------------------------
 
 
-def test_a_session_comes_back_with_its_image(state: State) -> None:
+def test_a_session_comes_back_with_its_image(state: Snapshots) -> None:
     image = np.random.default_rng(0).integers(0, 256, (8, 6, 3), dtype=np.uint8)
     state.write_session(record(), image)
     changed = record(turns=(Turn(4, "blue", index=1, frame=29, flushed=7),), frames_taken=12)
     state.write_session(changed)
-    assert State(state.storage.uri).read_session("one") == changed
+    assert Snapshots(state.storage.uri).read_session("one") == changed
     found = state.read_image("one")
     assert found is not None
     assert np.array_equal(found, image)
@@ -53,16 +54,16 @@ def test_a_session_comes_back_with_its_image(state: State) -> None:
     assert state.read_image("two") is None
 
 
-def test_a_source_video_is_kept_with_its_session_and_forgotten_with_it(state: State) -> None:
+def test_a_source_video_is_kept_with_its_session_and_forgotten_with_it(state: Snapshots) -> None:
     state.write_session(record(), video=b"a file of a video")
     state.write_session(record(frames_taken=12))
-    assert State(state.storage.uri).read_video("one") == b"a file of a video"
+    assert Snapshots(state.storage.uri).read_video("one") == b"a file of a video"
     assert state.read_video("two") is None
     state.forget("one")
     assert state.read_video("one") is None
 
 
-def test_a_session_that_is_not_there_or_broken_is_said_in_one_line(state: State) -> None:
+def test_a_session_that_is_not_there_or_broken_is_said_in_one_line(state: Snapshots) -> None:
     with pytest.raises(FileNotFoundError, match=r"sessions/one\.json: no such file"):
         state.read_session("one")
     state.storage.publish("sessions/one.json", b'{"stream": "one"')
@@ -71,7 +72,7 @@ def test_a_session_that_is_not_there_or_broken_is_said_in_one_line(state: State)
 
 
 @pytest.mark.parametrize("stream", ["../../etc/passwd", "", "a/b", "a.b", "x" * 65, "ä"])
-def test_an_id_that_could_leave_the_folder_is_refused(state: State, stream: str) -> None:
+def test_an_id_that_could_leave_the_folder_is_refused(state: Snapshots, stream: str) -> None:
     for call in (state.read_session, state.read_image, state.kept, state.forget):
         with pytest.raises(ValueError, match=r"^stream: an id has 1 to 64 letters"):
             call(stream)
@@ -80,7 +81,7 @@ def test_an_id_that_could_leave_the_folder_is_refused(state: State, stream: str)
 # --- Snapshots -------------------------------------------------------------------------------------------------------
 
 
-def test_the_newest_three_stay_and_the_newest_that_fits_is_found(state: State) -> None:
+def test_the_newest_three_stay_and_the_newest_that_fits_is_found(state: Snapshots) -> None:
     for block in range(1, 6):
         state.keep("one", block, snapshot(10 * block, block))
     state.keep("two", 1, snapshot(7))
@@ -95,15 +96,15 @@ def test_the_newest_three_stay_and_the_newest_that_fits_is_found(state: State) -
     assert older.info["frames_out"] == 40
 
 
-def test_another_worker_goes_on_where_the_first_one_stopped_keeping(state: State) -> None:
+def test_another_worker_goes_on_where_the_first_one_stopped_keeping(state: Snapshots) -> None:
     for block in range(1, 5):
         state.keep("one", block, snapshot(10 * block, block))
-    other = State(state.storage.uri)
+    other = Snapshots(state.storage.uri)
     other.keep("one", 5, snapshot(50, 5))
     assert [kept.block for kept in other.kept("one")] == [3, 4, 5]
 
 
-def test_a_torn_snapshot_is_passed_over(state: State) -> None:
+def test_a_torn_snapshot_is_passed_over(state: Snapshots) -> None:
     for block in (1, 2):
         state.keep("one", block, snapshot(10 * block, block))
     newest = Path(state.storage.where(state.kept("one")[-1].name))
@@ -115,7 +116,7 @@ def test_a_torn_snapshot_is_passed_over(state: State) -> None:
         assert found.info["frames_out"] == 10
 
 
-def test_a_stream_from_the_store_goes_on_bit_for_bit(state: State, small_student: Path) -> None:
+def test_a_stream_from_the_store_goes_on_bit_for_bit(state: Snapshots, small_student: Path) -> None:
     student = Student.from_pretrained(small_student)
     with student.open("a small red star", 1, **SIZE) as stream:
         stream.next_chunk()
@@ -124,7 +125,7 @@ def test_a_stream_from_the_store_goes_on_bit_for_bit(state: State, small_student
         assert block_of(taken, Layout.of(student.settings, student.vae.temporal_factor)) == 2
         state.keep("one", 2, taken)
         expected = [stream.next_chunk() for _ in range(2)]
-    found = State(state.storage.uri).newest("one", 21)
+    found = Snapshots(state.storage.uri).newest("one", 21)
     assert found is not None
     with student.restore(found) as stream:
         for chunk in expected:
@@ -157,7 +158,7 @@ def test_only_a_snapshot_of_the_same_prompts_is_believed(
 # --- Forgetting ------------------------------------------------------------------------------------------------------
 
 
-def test_a_forgotten_stream_leaves_nothing(state: State) -> None:
+def test_a_forgotten_stream_leaves_nothing(state: Snapshots) -> None:
     state.write_session(record(), np.zeros((4, 4, 3), np.uint8))
     for block in range(1, 6):
         state.keep("one", block, snapshot(10 * block))
@@ -166,7 +167,7 @@ def test_a_forgotten_stream_leaves_nothing(state: State) -> None:
     state.forget("one")
 
 
-def test_the_sweep_takes_what_nobody_wrote_to_for_long(state: State) -> None:
+def test_the_sweep_takes_what_nobody_wrote_to_for_long(state: Snapshots) -> None:
     for stream in ("gone", "quiet", "paused", "fresh"):
         state.write_session(record(stream))
         state.keep(stream, 1, snapshot(10))
@@ -184,7 +185,7 @@ def test_the_sweep_takes_what_nobody_wrote_to_for_long(state: State) -> None:
 
 
 def test_the_same_on_an_object_store(s3_query: str) -> None:
-    state = State(f"s3://testing:testing@bucket/serve?{s3_query}")
+    state = Snapshots(f"s3://testing:testing@bucket/serve?{s3_query}")
     state.write_session(record())
     for block in range(1, 6):
         state.keep("one", block, snapshot(10 * block, block))
@@ -201,15 +202,15 @@ def test_the_same_on_an_object_store(s3_query: str) -> None:
 # --- The keeper ------------------------------------------------------------------------------------------------------
 
 
-def test_the_keeper_writes_the_newest_and_makes_nobody_wait(state: State, monkeypatch: pytest.MonkeyPatch) -> None:
-    entered, gate, keep = threading.Event(), threading.Event(), State.keep
+def test_the_keeper_writes_the_newest_and_makes_nobody_wait(state: Snapshots, monkeypatch: pytest.MonkeyPatch) -> None:
+    entered, gate, keep = threading.Event(), threading.Event(), Snapshots.keep
 
-    def slow(self: State, stream: str, block: int, snapshot: Snapshot) -> int:
+    def slow(self: Snapshots, stream: str, block: int, snapshot: Snapshot) -> int:
         entered.set()
         assert gate.wait(100)
         return keep(self, stream, block, snapshot)
 
-    monkeypatch.setattr(State, "keep", slow)
+    monkeypatch.setattr(Snapshots, "keep", slow)
     keeper = Keeper(state, LAYOUT)
     began = time.monotonic()
     for block in range(1, 8):
@@ -226,7 +227,7 @@ def test_the_keeper_writes_the_newest_and_makes_nobody_wait(state: State, monkey
 
 
 def test_a_store_that_fails_is_told_and_ends_nothing(
-    state: State, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    state: Snapshots, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def full(*_: Any, **__: Any) -> bool:
         raise OSError("state: the disk is full")

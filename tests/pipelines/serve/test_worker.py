@@ -13,9 +13,11 @@ import numpy as np
 import pytest
 
 from reelway.actors.generator import Student
-from reelway.actors.scheduler import Busy, Piece, StreamOrder, TooSlow, Turn
+from reelway.actors.orders import Busy, Piece, StreamOrder, TooSlow
+from reelway.actors.timeline import Turn
 from reelway.pipelines.serve import worker as worker_module
-from reelway.pipelines.serve.worker import Moved, Moving, StreamWorker, WorkerSettings
+from reelway.pipelines.serve.terms import Moved, Moving, WorkerSettings
+from reelway.pipelines.serve.worker import StreamWorker
 
 RED, BLUE = "a small red star drifts left", "two blue circles on white"
 STREAM = "one"
