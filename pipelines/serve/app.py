@@ -22,7 +22,7 @@ from .keys import Keyring, read_keys
 from .limits import Limits
 from .metrics import Metrics
 from .orders import Services
-from .pool import pool_application
+from .pool import pool_application, with_version
 from .state import State
 
 NAME: Final = "reelway"  # of the application
@@ -64,7 +64,7 @@ def build(config: ServeConfig, keys: Keyring) -> serve.Application:
         user_config={"keys": list(keys.hashes)},
         logging_config=LoggingConfig(log_level="WARNING", enable_access_log=False),
     )
-    return deployment.bind(config, pool_application(fleets(config)))
+    return with_version(deployment, config.model_dump_json()).bind(config, pool_application(fleets(config)))
 
 
 def application(arguments: dict[str, Any]) -> serve.Application:

@@ -6,6 +6,7 @@ and Serve can neither send a call to a certain replica nor tell one that it is t
 """
 
 import asyncio
+import hashlib
 import time
 import traceback
 from collections.abc import Coroutine, Mapping, Sequence
@@ -16,6 +17,7 @@ import ray
 from ray import serve
 from ray.exceptions import ActorUnavailableError, RayActorError, RayTaskError
 
+from ... import __version__
 from ...actors.orders import Busy, StreamOrder, TooSlow
 from ...actors.timeline import Turn
 from ...cluster.pool_host import reason_of_death
@@ -395,4 +397,14 @@ def pool_application(models: Mapping[str, FleetSettings]) -> serve.Application:
     deployed = serve.deployment(
         name="Pool", num_replicas=1, max_ongoing_requests=100_000, ray_actor_options={"num_cpus": 0}
     )
-    return deployed(_Served).bind(dict(models))
+    return with_version(deployed(_Served), repr(sorted(models.items()))).bind(dict(models))
+
+
+def with_version(deployment: serve.Deployment, content: str) -> serve.Deployment:
+    """The deployment, whose replicas live on when it is run again with the same content.
+
+    `serve.run` gives every deployment a version by chance, and so restarts all. The option that names one is Ray's own
+    (2.60); test_serve_live.py tells when it has gone.
+    """
+    digest = hashlib.sha256(f"{__version__}\n{content}".encode()).hexdigest()
+    return deployment.options(version=digest[:16], _internal=True)

@@ -556,11 +556,10 @@ class Viewer:
     frames: list[np.ndarray] = field(default_factory=list)
     places: list[Placed] = field(default_factory=list)
     longest: float = 0.0  # seconds from one piece to the next
-    _last: float = 0.0
+    _last: float | None = None
 
     async def watch(self) -> None:
-        stream, self._last = self.order.stream, time.monotonic()
-        here = await self._place()
+        stream, here = self.order.stream, await self._place()
         while len(self.frames) < self.goal:
             try:
                 taken = await self.backend.call(here.worker, "take", stream, len(self.frames), 5.0)
@@ -580,7 +579,8 @@ class Viewer:
         assert 0 <= skip < len(piece.frames), "a frame was lost, or came twice"
         self.frames += list(piece.frames[skip:])
         now = time.monotonic()
-        self.longest, self._last = max(self.longest, now - self._last), now
+        self.longest = max(self.longest, 0.0 if self._last is None else now - self._last)
+        self._last = now
 
     async def _place(self) -> Placed:
         ticket = None
