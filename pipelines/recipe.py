@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from ..cluster.zero_settings import Place
 from ..cluster.zero_settings import check as check_zero
 from ..kernels.causal.student import StudentSettings
-from ..kernels.diffusion.schedule import warp
+from ..kernels.diffusion.schedule import TimestepLaw, warp
 
 TINY = Path(__file__).parents[1] / "configs" / "tiny.yaml"
 
@@ -87,12 +87,14 @@ class TextRecipe(Strict):
 class TurnRecipe(Strict):
     """The batch of one update: `clips` clips of `frames` latent frames.
 
-    shift: of the timesteps it trains on; the teacher's, by default. Shapes are decided below a noise level of 0.7,
-    where a shift of 3 puts less than half of the samples; ways and places above it.
+    law, shift: of the timesteps it trains on; the teacher's shift, by default. Shapes are decided below a noise level
+    of 0.7, where uniform levels under a shift of 3 put less than half of the samples; motion between 0.5 and 0.87,
+    where logit-normal ones under a shift of 2.3 put more than half (`docs/performance.md`).
     """
 
     frames: Positive
     clips: Positive
+    law: TimestepLaw = "uniform"
     shift: Rate | None = None
 
 

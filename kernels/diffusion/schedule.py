@@ -6,13 +6,14 @@ itself.
 """
 
 from collections.abc import Sequence
-from typing import Protocol, TypeVar
+from typing import Literal, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 MAX_TIMESTEP = 1000.0
 
+TimestepLaw = Literal["uniform", "logit-normal"]
 Sigma = TypeVar("Sigma", float, Tensor)
 
 
@@ -94,16 +95,16 @@ def sample_timesteps(
     return (MAX_TIMESTEP * shift_sigma(uniform, shift)).clamp(minimum, maximum).float()
 
 
-def sample_logit_normal_timesteps(
-    shape: Sequence[int],
-    shift: float,
-    generator: torch.Generator,
-    mean: float = 0.0,
-    deviation: float = 1.0,
-) -> Tensor:
-    """Random timesteps of teacher training: sigmoid of a normal, shifted (arXiv 2403.03206, section 3.1)."""
-    normal = torch.randn(tuple(shape), generator=generator, device=generator.device, dtype=torch.float64)
-    return (MAX_TIMESTEP * shift_sigma(torch.sigmoid(mean + deviation * normal), shift)).float()
+def stratified_timesteps(count: int, law: TimestepLaw, shift: float, generator: torch.Generator) -> Tensor:
+    """One timestep for each clip of a batch, fp32 [count]: uniform, or logit-normal (arXiv 2403.03206, 3.1); shifted.
+
+    Each lies in a `count`-th of the law of its own, in random order: every batch sees every noise level, which calms
+    the gradient. Under a shift of k the logit-normal law's median is that of a normal around ln k.
+    """
+    uniform = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    shuffled = uniform[torch.randperm(count, generator=generator)]
+    sigma = shuffled if law == "uniform" else torch.sigmoid(torch.special.ndtri(shuffled.clamp(1e-6, 1 - 1e-6)))
+    return MAX_TIMESTEP * shift_sigma(sigma, shift)
 
 
 def _broadcast_sigma(timesteps: Tensor, latents: Tensor) -> Tensor:

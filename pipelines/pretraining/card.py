@@ -108,7 +108,8 @@ def _phase(phase: TeacherPhaseRecipe) -> str:
 
 
 def _shift(turn: TurnRecipe) -> str:
-    return "" if turn.shift is None else f" (timesteps of shift {turn.shift:g})"
+    law = "" if turn.law == "uniform" else f"{turn.law} "
+    return "" if turn.shift is None else f" ({law}timesteps of shift {turn.shift:g})"
 
 
 def _in_words(device: dict[str, Any]) -> str:

@@ -41,7 +41,7 @@ def fine_tune(recipe: FineTuneRecipe, run: Path, latents: Storage, init: Path, d
     def batch_at(step: int) -> TeacherBatch:
         _, captions, values = zip(*(clips.take() for _ in range(recipe.batch)), strict=True)
         taken, generator = LatentSet(torch.stack(values), list(captions)), step_generator(recipe.seed, step)
-        return noised(taken, tuner.tokenize, generator, teacher.shift, recipe.prompt_drop)
+        return noised(taken, tuner.tokenize, generator, ("uniform", teacher.shift), recipe.prompt_drop)
 
     def report(step: int) -> None:
         plot_curve(folder)

@@ -10,7 +10,7 @@ import torch
 from ...actors.pretraining import MapSettings, TeacherBatch, TeacherLearner
 from ...actors.teacher import Teacher
 from ...kernels.diffusion.noise import SampleKey
-from ...kernels.diffusion.schedule import shift_sigma, timesteps
+from ...kernels.diffusion.schedule import TimestepLaw, stratified_timesteps, timesteps
 from ...kernels.sprites.oracle import grade
 from ...kernels.sprites.splits import prompts
 from ...kernels.wan.config import CONFIGS
@@ -116,8 +116,8 @@ def batch_at(
     rows = _rows(len(whole.captions), first, turn.clips, seed)
     maps = None if whole.maps is None else whole.maps[rows]
     clips = LatentSet(whole.latents[rows], [whole.captions[row] for row in rows.tolist()], maps)
-    shift = teacher.shift if turn.shift is None else turn.shift
-    return noised(clips, learner.tokenize, step_generator(seed, step), shift, teacher.prompt_drop)
+    law = (turn.law, teacher.shift if turn.shift is None else turn.shift)
+    return noised(clips, learner.tokenize, step_generator(seed, step), law, teacher.prompt_drop)
 
 
 def _portion(turns: list[TurnRecipe], step: int) -> tuple[TurnRecipe, int]:
@@ -137,17 +137,18 @@ def noised(
     clips: LatentSet,
     tokenize: Callable[[list[str]], tuple[torch.Tensor, torch.Tensor]],
     generator: torch.Generator,
-    shift: float,
+    law: tuple[TimestepLaw, float],
     prompt_drop: float,
 ) -> TeacherBatch:
-    """A batch of these clips: some prompts dropped, a timestep for each clip, and noise."""
+    """A batch of these clips: some prompts dropped, a timestep for each clip, and noise.
+
+    law: of the timesteps, with its shift.
+    """
     batch = len(clips.captions)
     dropped = torch.rand(batch, generator=generator) < prompt_drop
     pairs = zip(clips.captions, dropped.tolist(), strict=True)
     ids, mask = tokenize(["" if drop else caption for caption, drop in pairs])
-    # Stratified over the batch: each step sees every noise level, which calms the gradient.
-    uniform = (torch.arange(batch) + torch.rand(batch, generator=generator)) / batch
-    levels = 1000 * shift_sigma(uniform[torch.randperm(batch, generator=generator)], shift)
+    levels = stratified_timesteps(batch, *law, generator)
     noise = torch.randn(clips.latents.shape, generator=generator)
     return TeacherBatch(clips.latents, ids, mask, levels, noise, clips.maps)
 

@@ -121,12 +121,23 @@ class TestSchedule:
         assert (levels > 900).float().mean().item() == pytest.approx(high, abs=0.006)
         assert (levels == 980).float().mean().item() == pytest.approx(clamped, abs=0.006)
 
-    def test_logit_normal_timesteps_follow_their_law(self) -> None:
-        levels = schedule.sample_logit_normal_timesteps((200_000,), 3.0, generator(), mean=0.5, deviation=0.8)
-        for raw in (0.2, 0.5, 0.8):
-            below = NormalDist(0.5, 0.8).cdf(float(numpy.log(raw / (1 - raw))))
-            shifted = 1000 * 3 * raw / (1 + 2 * raw)
-            assert (levels <= shifted).double().mean().item() == pytest.approx(below, abs=0.004)
+    @pytest.mark.parametrize("shift", [1.0, 2.3])
+    def test_stratified_timesteps_follow_their_law(self, shift: float) -> None:
+        """A shift of k moves a logit by ln k, so the law is normal around it; 64 strata leave no room for chance."""
+        levels = {
+            law: schedule.stratified_timesteps(64, law, shift, generator(1)) for law in ("uniform", "logit-normal")
+        }
+        for raw in (0.1, 0.2, 0.5, 0.8, 0.95):
+            shifted = 1000 * shift * raw / (1 + (shift - 1) * raw)
+            logit = float(numpy.log(shifted / (1000 - shifted)))
+            assert (levels["uniform"] <= shifted).double().mean().item() == pytest.approx(raw, abs=1 / 64)
+            below = NormalDist(float(numpy.log(shift))).cdf(logit)
+            assert (levels["logit-normal"] <= shifted).double().mean().item() == pytest.approx(below, abs=1 / 64)
+        for values in levels.values():
+            assert values.dtype == torch.float32
+            assert not torch.equal(values, values.sort().values)
+        again = schedule.stratified_timesteps(64, "uniform", shift, generator(2))
+        assert not torch.equal(again.sort().values, levels["uniform"].sort().values)
 
     def test_errors_name_the_value(self) -> None:
         with pytest.raises(ValueError, match=r"timesteps: must lie in \[0, 1000\], got \[1001\]"):

@@ -123,14 +123,21 @@ def test_clips_of_each_length_come_in_turn_and_none_is_left_out() -> None:
     assert sorted(torch.cat(rows[1::2]).tolist()) == list(range(10))
 
 
-def test_a_turn_trains_on_timesteps_of_its_own_shift(run: Path) -> None:
-    """Stratified uniform u goes to 1000 s u / (1 + (s - 1) u), so a batch's median is that of one half."""
-    turns = "[{frames: 1, clips: 10, shift: 1.0}, {frames: 1, clips: 10}]"
+def test_a_turn_trains_on_timesteps_of_its_own_law_and_shift(run: Path) -> None:
+    """Stratified uniform u goes to 1000 s u / (1 + (s - 1) u), so a batch's median is that of one half.
+
+    Of a logit-normal batch of ten, at most three lie outside noise levels 0.24 to 0.76; of a uniform one, four or more.
+    """
+    ten = "frames: 1, clips: 10"
+    turns = f"[{{{ten}, shift: 1.0}}, {{{ten}}}, {{{ten}, shift: 1.0, law: logit-normal}}]"
     chosen = recipe(f"pretrain.teacher.phases=[{{steps: 1, turns: {turns}}}]")
     reader = SimpleNamespace(tokenize=lambda texts: (torch.zeros(len(texts), 1), torch.ones(len(texts), 1)))
     data = load_latents(chosen, run, [1])
-    medians = [teacher.batch_at(chosen, 0, reader, data, step).timesteps.median() for step in range(2)]
-    assert medians == pytest.approx([500, 750], abs=80)
+    batches = [teacher.batch_at(chosen, 0, reader, data, step).timesteps for step in range(3)]
+    assert [levels.median() for levels in batches[:2]] == pytest.approx([500, 750], abs=80)
+    outside = [int(((levels < 240) | (levels > 760)).sum()) for levels in batches[::2]]
+    assert outside[0] >= 4
+    assert outside[1] <= 3
 
 
 def test_a_turn_without_clips_of_its_length_is_refused() -> None:
