@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.progress import Progress
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -32,17 +33,16 @@ class LatentSet:
 
 
 def make_latents(recipe: PretrainRecipe, run: Path, device: str) -> None:
-    """Write `run/latents/<frames>/part-*.safetensors`, leaving out the parts that are there."""
+    """Write `run/latents/<frames>/part-*.safetensors`, leaving out the parts that are there with all their clips."""
     starts = [(frames, start) for frames in recipe.teacher.clips for start in _starts(recipe, frames)]
-    missing = [(frames, start) for frames, start in starts if not _part(run, frames, start).exists()]
+    missing = [(frames, start) for frames, start in starts if not _is_whole(recipe, run, frames, start)]
     if not missing:
         return
     vae = StreamingVAE.from_pretrained(run / "model" / "vae").to(device)
     with Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("latents", total=len(starts), completed=len(starts) - len(missing))
         for frames, start in missing:
-            end = min(start + _per_part(frames), recipe.teacher.clips[frames])
-            _write_part(recipe, vae, _part(run, frames, start), frames, range(start, end))
+            _write_part(recipe, vae, _part(run, frames, start), frames, _indices(recipe, frames, start))
             progress.advance(task)
 
 
@@ -66,6 +66,21 @@ def _per_part(frames: int) -> int:
 
 def _starts(recipe: PretrainRecipe, frames: int) -> range:
     return range(0, recipe.teacher.clips[frames], _per_part(frames))
+
+
+def _indices(recipe: PretrainRecipe, frames: int, start: int) -> range:
+    """The clips of the part that begins with clip `start`; the last part may be a short one."""
+    return range(start, min(start + _per_part(frames), recipe.teacher.clips[frames]))
+
+
+def _is_whole(recipe: PretrainRecipe, run: Path, frames: int, start: int) -> bool:
+    """False too for a part that was the last and short, where the recipe has more clips since."""
+    path = _part(run, frames, start)
+    if not path.exists():
+        return False
+    with safe_open(path, framework="pt") as part:
+        clips: int = part.get_slice("latents").get_shape()[0]
+    return clips >= len(_indices(recipe, frames, start))
 
 
 def _part(run: Path, frames: int, start: int) -> Path:

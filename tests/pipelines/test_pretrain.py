@@ -23,7 +23,7 @@ from reelway.kernels.wan.text import TextEncoder
 from reelway.pipelines import pretrain as job
 from reelway.pipelines.pretraining import loop, teacher
 from reelway.pipelines.pretraining.card import write_card
-from reelway.pipelines.pretraining.latents import load_latents
+from reelway.pipelines.pretraining.latents import load_latents, make_latents
 from reelway.pipelines.pretraining.loop import read_curve
 from reelway.pipelines.pretraining.text import train_text
 from reelway.pipelines.recipe import FineTuneRecipe, PretrainRecipe, load_recipe
@@ -121,6 +121,20 @@ def test_clips_of_each_length_come_in_turn_and_none_is_left_out() -> None:
     ]
     assert sorted(torch.cat(rows[::2]).tolist()) == list(range(6))
     assert sorted(torch.cat(rows[1::2]).tolist()) == list(range(10))
+
+
+def test_more_clips_of_a_length_are_made_where_the_last_part_was_short(tmp_path: Path, run: Path) -> None:
+    shutil.copytree(run / "model" / "vae", tmp_path / "model" / "vae")
+    few, more = (recipe(f"pretrain.teacher.clips={{1: {count}, 3: 4}}") for count in (6, 9))
+    make_latents(few, tmp_path, "cpu")
+    first = load_latents(few, tmp_path, [1])[1]
+    make_latents(more, tmp_path, "cpu")
+    second = load_latents(more, tmp_path, [1])[1]
+    assert (len(first.captions), len(second.captions)) == (6, 9)
+    assert second.captions[:6] == first.captions
+    torch.testing.assert_close(
+        second.latents[:6], first.latents, rtol=0, atol=0.05
+    )  # batches of another size, bfloat16
 
 
 def test_a_turn_trains_on_timesteps_of_its_own_law_and_shift(run: Path) -> None:
