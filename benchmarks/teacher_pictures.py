@@ -33,6 +33,16 @@ REPEATS = 5  # of a picture, which the oracle judges as a video
 LEVELS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 
 
+def teacher_folder(text: str) -> Path:
+    """The folder of that name, if `read_teacher` can read it."""
+    folder = Path(text)
+    if not (folder / "model_index.json").is_file() and not list(folder.glob("teacher-*/checkpoint.pt")):
+        raise argparse.ArgumentTypeError(
+            f"{folder}: neither a teacher's folder nor a run that has saved a teacher's checkpoint"
+        )
+    return folder
+
+
 def read_teacher(folder: Path) -> tuple[Teacher, str]:
     """A finished model, or the newest averaged weights of a run; and what it is."""
     if (folder / "model_index.json").is_file():
@@ -98,7 +108,7 @@ def _changed(scene: Scene, attribute: str, values: tuple[str, ...]) -> Scene:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a run of `reelway pretrain`, or a teacher's folder")
+    parser.add_argument("folder", type=teacher_folder, help="a run of `reelway pretrain`, or a teacher's folder")
     parser.add_argument("--count", type=int, default=48, help="prompts of the pictures that are graded")
     parser.add_argument("--pictures", type=int, default=256, help="of the losses")
     parser.add_argument("--steps", type=int, default=20)
@@ -106,8 +116,6 @@ def main() -> None:
     parser.add_argument("--level", type=int, default=1, help="of the sprites world")
     parser.add_argument("--side", type=int, default=8, help="latents of a picture's side")
     options = parser.parse_args()
-    if not (options.folder / "model_index.json").is_file() and not list(options.folder.glob("teacher-*/checkpoint.pt")):
-        parser.error(f"{options.folder}: neither a teacher's folder nor a run that has saved a teacher's checkpoint")
     teacher, name = read_teacher(options.folder)
     print(f"{name}: {options.count} held-out prompts, {options.steps} steps, guidance {options.guidance}\n")
     scores = picture_scores(teacher, options)

@@ -99,11 +99,11 @@ def stratified_timesteps(count: int, law: TimestepLaw, shift: float, generator: 
     """One timestep for each clip of a batch, fp32 [count]: uniform, or logit-normal (arXiv 2403.03206, 3.1); shifted.
 
     Each lies in a `count`-th of the law of its own, in random order: every batch sees every noise level, which calms
-    the gradient. Under a shift of k the logit-normal law's median is that of a normal around ln k.
+    the gradient. Under a shift of k the logit-normal law's logits are normal around ln k.
     """
     uniform = (torch.arange(count) + torch.rand(count, generator=generator)) / count
     shuffled = uniform[torch.randperm(count, generator=generator)]
-    sigma = shuffled if law == "uniform" else torch.sigmoid(torch.special.ndtri(shuffled.clamp(1e-6, 1 - 1e-6)))
+    sigma = shuffled if law == "uniform" else torch.sigmoid(torch.special.ndtri(shuffled))
     return MAX_TIMESTEP * shift_sigma(sigma, shift)
 
 

@@ -109,7 +109,8 @@ def _phase(phase: TeacherPhaseRecipe) -> str:
 
 def _shift(turn: TurnRecipe) -> str:
     law = "" if turn.law == "uniform" else f"{turn.law} "
-    return "" if turn.shift is None else f" ({law}timesteps of shift {turn.shift:g})"
+    shift = "" if turn.shift is None else f" of shift {turn.shift:g}"
+    return f" ({law}timesteps{shift})" if law or shift else ""
 
 
 def _in_words(device: dict[str, Any]) -> str:

@@ -132,9 +132,8 @@ def test_more_clips_of_a_length_are_made_where_the_last_part_was_short(tmp_path:
     second = load_latents(more, tmp_path, [1])[1]
     assert (len(first.captions), len(second.captions)) == (6, 9)
     assert second.captions[:6] == first.captions
-    torch.testing.assert_close(
-        second.latents[:6], first.latents, rtol=0, atol=0.05
-    )  # batches of another size, bfloat16
+    # bfloat16, and encoded in batches of another size
+    torch.testing.assert_close(second.latents[:6], first.latents, rtol=0, atol=0.05)
 
 
 def test_a_turn_trains_on_timesteps_of_its_own_law_and_shift(run: Path) -> None:
