@@ -300,12 +300,14 @@ def _engines(
 ) -> tuple[Engine, Engine]:
     """The student's and the critic's, which begins as the teacher or as the model that is given for it."""
 
-    def engine(folder: str, optimizer: TrainingOptimizerRecipe) -> Engine:
+    def engine(folder: str, optimizer: TrainingOptimizerRecipe, updates: int) -> Engine:
         network = load(Path(folder))
         network.gradient_checkpointing = section.activation_checkpointing
-        return engine_factory(network, optimizer_settings(optimizer, section.steps))
+        return engine_factory(network, optimizer_settings(optimizer, updates))
 
-    return engine(job.student, section.student), engine(job.critic or job.teacher, section.critic)
+    critic = job.critic or job.teacher
+    updates = section.steps // section.critic_updates
+    return engine(job.student, section.student, updates), engine(critic, section.critic, section.steps)
 
 
 def _source(

@@ -208,12 +208,13 @@ class StudentRecipe(Strict):
 
 
 class TrainingOptimizerRecipe(Strict):
-    """AdamW with linear warm-up, then the same rate to the end."""
+    """AdamW with linear warm-up, then a cosine to `final_share` of the rate; the same rate to the end by default."""
 
     learning_rate: Rate = 2e-6
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    final_share: Share = 1.0
     clip_norm: Rate = 10.0
     ema_decay: Share = 0.0
 

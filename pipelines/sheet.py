@@ -7,8 +7,9 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 COLUMNS = 9
-TEXT_HEIGHT = 18
+LINE_HEIGHT = 15
 GAP = 3
+FONT = ImageFont.load_default(size=12)
 
 
 def contact_sheet(
@@ -29,9 +30,24 @@ def contact_sheet(
 def _strip(text: str, frames: np.ndarray, columns: int, scale: int) -> Image.Image:
     chosen = np.linspace(0, len(frames) - 1, min(columns, len(frames))).round().astype(int)
     height, width = (side * scale for side in frames.shape[1:3])
-    strip = Image.new("RGB", (columns * (width + GAP), height + TEXT_HEIGHT + GAP), "white")
-    ImageDraw.Draw(strip).text((2, 2), text, fill="black", font=ImageFont.load_default(size=12))
+    lines = _wrapped(text, columns * (width + GAP) - 4)
+    top = LINE_HEIGHT * len(lines) + GAP
+    strip = Image.new("RGB", (columns * (width + GAP), top + height + GAP), "white")
+    for line, words in enumerate(lines):
+        ImageDraw.Draw(strip).text((2, 2 + LINE_HEIGHT * line), words, fill="black", font=FONT)
     for column, index in enumerate(chosen):
         frame = Image.fromarray(frames[index]).resize((width, height), Image.Resampling.NEAREST)
-        strip.paste(frame, (column * (width + GAP), TEXT_HEIGHT))
+        strip.paste(frame, (column * (width + GAP), top))
     return strip
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    """Lines of at most `width` pixels, broken between words; a word that is wider has a line of its own."""
+    lines: list[str] = []
+    for word in text.split():
+        longer = f"{lines[-1]} {word}" if lines else word
+        if lines and FONT.getlength(longer) <= width:
+            lines[-1] = longer
+        else:
+            lines.append(word)
+    return lines or [""]

@@ -18,12 +18,13 @@ from reelway.kernels.wan.vae import StreamingVAE
 from reelway.pipelines import lmdb_import
 from reelway.pipelines.cli import main
 from reelway.pipelines.lmdb_import import LmdbSet, import_lmdb
-from reelway.pipelines.sheet import COLUMNS, GAP, TEXT_HEIGHT
+from reelway.pipelines.sheet import COLUMNS, GAP, LINE_HEIGHT, contact_sheet
 
 VAE = Path(__file__).parents[2] / "assets" / "tiny" / "vae"
 ROWS, STATES, CLIP = 5, 3, (2, 16, 4, 4)
 LEVELS = [1000.0, 757.0, 0.0]
 PIXELS, FRAMES = 8 * CLIP[-1], 1 + 4 * (CLIP[0] - 1)
+TEXT_HEIGHT = LINE_HEIGHT + GAP
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -220,6 +221,19 @@ def _strips(path: Path) -> np.ndarray:
     return np.stack(
         [image[top + TEXT_HEIGHT :][: 2 * PIXELS : 2, : 2 * PIXELS : 2] for top in range(0, len(image), height)]
     )
+
+
+def test_a_label_that_is_wider_than_its_frames_goes_on_in_the_next_line(tmp_path: Path) -> None:
+    words, frames = "a large purple star that moves slowly in circles over brown", np.zeros((2, 64, 64, 3), np.uint8)
+    contact_sheet([(words, frames)], tmp_path / "long.png", columns=2, scale=1)
+    contact_sheet([("a star", frames)], tmp_path / "short.png", columns=2, scale=1)
+    long, short = (np.asarray(Image.open(tmp_path / name)) for name in ("long.png", "short.png"))
+    lines = (len(long) - len(short)) // LINE_HEIGHT + 1
+    assert lines in (3, 4)
+    assert long.shape[1] == short.shape[1] == 2 * (64 + GAP)
+    assert (long[: lines * LINE_HEIGHT, -2:] == 255).all()  # no word is cut at the edge
+    for line in range(lines):
+        assert (long[line * LINE_HEIGHT : (line + 1) * LINE_HEIGHT, :64] < 128).any()
 
 
 def _decoded(latents: torch.Tensor) -> np.ndarray:

@@ -491,6 +491,20 @@ def test_distillation_goes_on_to_the_same_weights(
     assert origin["parent"]["method"] == "initialize-ode"
 
 
+def test_the_students_rate_falls_over_its_own_updates(
+    initialized: Path, small_teacher: Path, trajectories: str, tmp_path: Path
+) -> None:
+    """Of five steps of the critic two find the student's turn: its cosine is through after these two."""
+    falls = ["student.final_share=0.0", "student.warmup_steps=0", "critic.final_share=1.0", "critic.warmup_steps=0"]
+    changes = [*(f"distill.causvid.{change}" for change in falls), "distill.causvid.steps=5"]
+    carry_out(distill_job("causvid", initialized / "model", small_teacher, trajectories, tmp_path, *changes))
+    rows = read_curve(tmp_path / "curve.jsonl")
+    assert [row["student_learning_rate"] for row in rows if "student_learning_rate" in row] == pytest.approx(
+        [1e-4, 0.5e-4]
+    )
+    assert {row["critic_learning_rate"] for row in rows} == {1e-4}
+
+
 def test_a_student_of_another_kind_is_refused(
     initialized: Path, small_teacher: Path, trajectories: str, tmp_path: Path
 ) -> None:
