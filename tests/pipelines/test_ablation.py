@@ -27,6 +27,7 @@ from reelway.pipelines.ablation import Examination, Hosts, run_ablation
 from reelway.pipelines.ablation_rows import ROWS, Ablation, Job, carry_out_here, train_rows, with_needs
 from reelway.pipelines.ablation_table import COLUMNS, markdown, targets
 from reelway.pipelines.recipe import TINY, load_recipe
+from reelway.pipelines.sheet import GAP, LINE_HEIGHT
 
 CONSOLE = Console(stderr=True, quiet=True)
 SHAPE = (6, 16, 4, 4)  # latents of 21 frames of 32x32
@@ -106,6 +107,13 @@ def done(order: Ablation) -> Iterator[Done]:
 # --- The table --------------------------------------------------------------------------------------------------------
 
 
+def lines_of_labels(sheet: Image.Image, strips: int) -> int:
+    """How many lines of text stand above so many strips of 32 pixels; whole if that is how many there are."""
+    lines, rest = divmod(sheet.height - strips * (32 + 2 * GAP), LINE_HEIGHT)
+    assert rest == 0, f"{sheet.height} pixels are no {strips} strips"
+    return lines
+
+
 def test_every_row_has_every_figure(done: Done) -> None:
     for row in done.figures["rows"]:
         assert row["missing"] is None, row["name"]
@@ -119,7 +127,7 @@ def test_every_row_has_every_figure(done: Done) -> None:
     assert json.loads((done.ablation.run / "ablation.json").read_text()) == json.loads(json.dumps(done.figures))
     assert (done.ablation.run / "ablation.md").read_text() == markdown(done.figures)
     sheet = Image.open(done.ablation.run / "ablation.png")
-    assert sheet.height == 2 * len(ROWS) * (32 + 18 + 3)  # two prompts, a strip per row
+    assert lines_of_labels(sheet, 2 * len(ROWS)) >= 2 * len(ROWS)  # two prompts, a strip per row
 
 
 def test_the_passes_are_those_of_each_kind(done: Done) -> None:
@@ -324,7 +332,7 @@ def test_a_card_is_written_beside_a_copy_of_the_best_student(done: Done, tmp_pat
     assert scores["student"]["scores"] == done.row("long")["scores"]
     assert scores["teacher"]["scores"] == done.row("teacher")["scores"]
     assert str(done.ablation.run) not in json.dumps(scores)
-    assert Image.open(out / "card/samples.png").height == 2 * 2 * (32 + 18 + 3)
+    assert lines_of_labels(Image.open(out / "card/samples.png"), 2 * 2) >= 2 * 2
     assert Image.open(out / "card/curves.png").width > 600
 
 

@@ -253,7 +253,7 @@ def test_the_page_says_what_was_measured(made: tuple[Path, Any]) -> None:
         assert line.partition(":")[2].split()[0] in page
     for prompt in (out / "work/prompts/heldout.txt").read_text().splitlines():
         assert prompt in page
-    assert "2 steps of 2, shortened from 600 of 48" in page
+    assert "2 steps of 2, shortened from 600 of 24" in page
     for record in (read_record(out / "work" / name) for name in NAMES[:-1]):
         assert record["fingerprint"] in page
         assert f"{record['seconds']:.1f} s" in page

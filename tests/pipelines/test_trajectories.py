@@ -482,7 +482,7 @@ def test_a_teacher_that_is_not_there_is_named(no_ray: list[str], tmp_path: Path)
 @pytest.mark.parametrize(
     ("arguments", "changes", "line"),
     [
-        ([], ("trajectories.guidance=2.5",), r"trajectories\.guidance is 5\.0 there and 2\.5 here"),
+        ([], ("trajectories.guidance=2.5",), r"trajectories\.guidance is 4\.0 there and 2\.5 here"),
         ([], ("student.timesteps=[1000, 500]",), r"timesteps is \[.* there and \[.* here"),
         (["--threads", "2"], (), r"threads is 1 there and 2 here"),
         (["--limit", "1"], (), r"prompts\.count is 4 there and 1 here"),
