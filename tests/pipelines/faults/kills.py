@@ -4,7 +4,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -72,14 +72,34 @@ class Strike:
     pause: float = 0.0
 
     def wait(self, out: Storage, staging: Path, over: threading.Event) -> list[int] | None:
-        """The workers that were in mid-shard when its time had come; None when it does not come any more."""
-        while not over.is_set():
-            workers = in_mid_shard(staging)
-            if len(workers) >= self.busy and len(tar_names(out)) >= self.standing:
-                over.wait(self.pause)
-                return workers
-            over.wait(LOOK)
-        return None
+        """The workers that were in mid-shard when its time had come; None when it does not come any more.
+
+        Until as many are in mid-shard as it needs, those that are stand still: a worker that starts long after the
+        other would find nothing left to do.
+        """
+        held: set[int] = set()
+        try:
+            while not over.is_set():
+                workers = in_mid_shard(staging)
+                _signal(held - set(workers), signal.SIGCONT)
+                held &= set(workers)
+                if len(workers) >= self.busy and len(tar_names(out)) >= self.standing:
+                    _signal(held, signal.SIGCONT)
+                    over.wait(self.pause)
+                    return workers
+                if 0 < len(workers) < self.busy and len(tar_names(out)) >= self.standing:
+                    _signal(workers, signal.SIGSTOP)
+                    held |= set(workers)
+                over.wait(LOOK)
+            return None
+        finally:
+            _signal(held, signal.SIGCONT)
+
+
+def _signal(workers: Iterable[int], what: signal.Signals) -> None:
+    for pid in workers:
+        with suppress(ProcessLookupError):
+            os.kill(pid, what)
 
 
 Deed = Callable[[list[int]], None]
