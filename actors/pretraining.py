@@ -148,7 +148,8 @@ class TeacherLearner:
 
     maps: also ask the middle block what each token shows, with a reader that is dropped afterwards. Features that
     know it are what the last blocks draw from, and such a demand shortens training (REPA, arXiv 2410.06940, which
-    asks for the features of a pretrained encoder; here the truth is known).
+    asks for the features of a pretrained encoder; here the truth is known). compiled: torch.compile the blocks, all
+    but the middle one, which is looked into.
     """
 
     def __init__(
@@ -158,6 +159,7 @@ class TeacherLearner:
         settings: OptimizerSettings,
         device: str = "cpu",
         maps: MapSettings | None = None,
+        compiled: bool = False,
     ) -> None:
         self._encoder = encoder.requires_grad_(False).eval().to(device)
         self._maps = maps
@@ -167,6 +169,9 @@ class TeacherLearner:
             reader = nn.Sequential(nn.Linear(width, width), nn.GELU(), nn.Linear(width, len(maps.scale)))
             networks["map_reader"] = reader
         self.engine = TorchEngine(networks, settings, device)
+        if compiled:
+            for block in set(transformer.blocks) - {_middle(transformer)}:
+                block.compile()
 
     def step(self, batch: TeacherBatch) -> dict[str, float]:
         device = self.engine.device
@@ -200,12 +205,16 @@ class TeacherLearner:
         self.engine.load_state_dict(state)
 
 
+def _middle(transformer: Any) -> nn.Module:
+    block: nn.Module = transformer.blocks[(len(transformer.blocks) - 1) // 2]
+    return block
+
+
 @contextmanager
 def _middle_of(transformer: Any) -> Iterator[list[Tensor]]:
     """A list that a forward pass inside fills with the output [B, F, N, D] of the transformer's middle block."""
     seen: list[Tensor] = []
-    middle = transformer.blocks[(len(transformer.blocks) - 1) // 2]
-    handle = middle.register_forward_hook(lambda _module, _inputs, output: seen.append(output))
+    handle = _middle(transformer).register_forward_hook(lambda _module, _inputs, output: seen.append(output))
     try:
         yield seen
     finally:

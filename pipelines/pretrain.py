@@ -51,6 +51,9 @@ def pretrain_command(
     ] = None,
     init: Annotated[Path | None, typer.Option(help="Begin with the transformer of this teacher's folder.")] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="torch.compile the teacher's blocks: pays on a GPU, not on a CPU.")
+    ] = False,
     override: Annotated[list[str] | None, typer.Option("--set", help="a.b=value: change the recipe.")] = None,
 ) -> None:
     """Train in RUN; the finished model is RUN/model, in the diffusers layout."""
@@ -64,7 +67,8 @@ def pretrain_command(
         else:
             if content.pretrain is None:
                 raise ValueError(f"recipe {recipe}: has no section 'pretrain'")
-            pretrain(content.pretrain, folder, stages=set(stage or Stage), device=device, init=init, vae=vae)
+            stages = set(stage or Stage)
+            pretrain(content.pretrain, folder, stages=stages, device=device, init=init, vae=vae, compiled=compiled)
     except KeyboardInterrupt:
         console = Console(stderr=True)
         console.print(f"Stopped; what was done is kept in {folder}. The same command goes on from there.")
@@ -92,10 +96,12 @@ def pretrain(
     device: str = "cpu",
     init: Path | None = None,
     vae: Path | None = None,
+    compiled: bool = False,
 ) -> None:
     """Run the stages in `run`, going on where an earlier call stopped.
 
     init: a teacher's folder, with whose transformer the teacher's stage begins. vae: a trained VAE's, to be copied.
+    compiled: torch.compile the teacher's blocks.
     """
     began_with = {} if init is None else _begin_with(init, recipe)
     if vae is not None:
@@ -108,7 +114,7 @@ def pretrain(
         make_latents(recipe, run, device)
     if Stage.teacher in stages:
         assert encoder is not None
-        transformer = train_teacher(recipe, run, encoder, device, init)
+        transformer = train_teacher(recipe, run, encoder, device, init, compiled=compiled)
         write_model(run / "model", transformer, encoder, shift=recipe.teacher.shift)
 
 

@@ -1,8 +1,14 @@
 """Stage 3: render the training clips and encode them once, in parts that appear whole or not at all."""
 
 import json
-from collections.abc import Iterable
+import multiprocessing
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +23,13 @@ from ...actors.pretraining import to_pixels
 from ...kernels.precision import autocast
 from ...kernels.wan.vae import StreamingVAE
 from ..recipe import PretrainRecipe
-from .world import clip
+from .world import Clip, clip
 
 PART = 8400  # latent frames in one file: 400 clips of 21
-BATCH = 168  # latent frames encoded at once
+BATCH = {"cpu": 168, "cuda": 1680}  # latent frames encoded at once
+RENDERERS = 12  # processes, at most, that render for a GPU
+
+Clips = Callable[[int, range, tuple[int, int]], Iterable[Clip]]  # of so many latent frames; indices; the VAE's factors
 
 
 @dataclass(frozen=True)
@@ -39,11 +48,27 @@ def make_latents(recipe: PretrainRecipe, run: Path, device: str) -> None:
     if not missing:
         return
     vae = StreamingVAE.from_pretrained(run / "model" / "vae").to(device)
-    with Progress(console=Console(stderr=True)) as progress:
+    with _renderers(recipe, device) as clips, Progress(console=Console(stderr=True)) as progress:
         task = progress.add_task("latents", total=len(starts), completed=len(starts) - len(missing))
         for frames, start in missing:
-            _write_part(recipe, vae, _part(run, frames, start), frames, _indices(recipe, frames, start))
+            _write_part(clips, vae, _part(run, frames, start), frames, _indices(recipe, frames, start))
             progress.advance(task)
+
+
+@contextmanager
+def _renderers(recipe: PretrainRecipe, device: str) -> Iterator[Clips]:
+    """Renders clips, in their order. Beside a GPU in processes of their own: one cannot render as fast as it encodes.
+
+    On a CPU the VAE takes nearly all the time, and every core.
+    """
+    if torch.device(device).type == "cpu":
+        yield lambda frames, indices, factors: (clip(recipe, frames, index, factors) for index in indices)
+        return
+    processes = max(1, min(RENDERERS, (os.cpu_count() or 1) - 1))
+    with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:  # CUDA outlives no fork
+        yield lambda frames, indices, factors: pool.map(
+            partial(clip, recipe, frames, factors=factors), indices, chunksize=4
+        )
 
 
 def load_latents(recipe: PretrainRecipe, run: Path, lengths: Iterable[int]) -> dict[int, LatentSet]:
@@ -88,16 +113,15 @@ def _part(run: Path, frames: int, start: int) -> Path:
 
 
 @torch.no_grad()
-def _write_part(recipe: PretrainRecipe, vae: StreamingVAE, path: Path, frames: int, indices: range) -> None:
+def _write_part(render: Clips, vae: StreamingVAE, path: Path, frames: int, indices: range) -> None:
     captions, latents, maps = [], [], []
     device, factors = next(vae.parameters()).device, (vae.temporal_factor, vae.spatial_factor)
-    batch = max(1, BATCH // frames)
-    for first in range(indices.start, indices.stop, batch):
-        chosen = range(first, min(first + batch, indices.stop))
-        clips = [clip(recipe, frames, index, factors) for index in chosen]
+    rendered = iter(render(frames, indices, factors))
+    while clips := list(islice(rendered, max(1, BATCH[device.type] // frames))):
         captions.extend(clip.caption for clip in clips)
+        pixels = to_pixels(torch.from_numpy(np.stack([clip.frames for clip in clips])).to(device))
         with autocast(device):
-            encoded, _ = vae.encode(to_pixels(torch.from_numpy(np.stack([clip.frames for clip in clips])).to(device)))
+            encoded, _ = vae.encode(pixels)
         latents.append(encoded.cpu().bfloat16())
         maps.append(torch.from_numpy(np.stack([clip.maps for clip in clips])).bfloat16())
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,7 +1,9 @@
 """The training loop of every pretraining stage: progress, curve, checkpoints, resume."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -31,12 +33,14 @@ def train(
     steps: int,
     *,
     every: tuple[int, Callable[[int], None]] | None = None,
+    ahead: bool = False,
     console: Console | None = None,
 ) -> None:
     """Run `steps` updates in `folder`, going on from its checkpoint.
 
     batch_at: the batch of a step, a function of the step alone, so that a resumed run sees what it would have seen.
     every: (N, report): `report(step)` is called after every N steps and after the last.
+    ahead: make the next batch while a step runs, in a thread; not for batches that change what a checkpoint holds.
     Ctrl-C ends the step, saves a checkpoint and raises KeyboardInterrupt; the same call goes on from there.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -47,10 +51,13 @@ def train(
     saved = time.monotonic()
     began = saved - curve.seconds_before
     console = console or Console(stderr=True)
-    with progress_bar(console) as progress, finishing_the_step() as interrupted:
+    reported = {step for step in range(start, steps) if every and ((step + 1) % every[0] == 0 or step + 1 == steps)}
+    plain = set(range(start, steps)) if not ahead else reported
+    batches = _ahead(batch_at, range(start, steps), plain)
+    with closing(batches), progress_bar(console) as progress, finishing_the_step() as interrupted:
         task = progress.add_task(name, total=steps, completed=start, loss=float("nan"))
-        for step in range(start, steps):
-            metrics = learner.step(batch_at(step))
+        for step, batch in zip(range(start, steps), batches, strict=True):
+            metrics = learner.step(batch)
             done = step + 1
             curve.append({"step": step, "seconds": time.monotonic() - began, **metrics})
             progress.update(task, completed=done, loss=metrics["loss"])
@@ -62,8 +69,22 @@ def train(
                 saved = time.monotonic()
             if interrupted.is_set():
                 raise KeyboardInterrupt
-            if every and (done % every[0] == 0 or done == steps):
+            if every and step in reported:
                 every[1](done)
+
+
+def _ahead(batch_at: Callable[[int], Any], steps: range, alone: set[int]) -> Generator[Any]:
+    """The batches of these steps, each made by a thread while the learner is busy with the one before.
+
+    alone: steps beside which nothing is made. Reports tokenize, and a tokenizer serves one thread at a time.
+    """
+    with ThreadPoolExecutor(1) as thread:
+        coming: Future[Any] | None = None
+        for step in steps:
+            batch = batch_at(step) if coming is None else coming.result()
+            has_next = step + 1 < steps.stop and step not in alone
+            coming = thread.submit(batch_at, step + 1) if has_next else None
+            yield batch
 
 
 def _save(path: Path, learner: Learner[Any], step: int) -> None:

@@ -32,17 +32,24 @@ SAMPLES, STEPS, GUIDANCE = 6, 50, 3.0
 
 
 def train_teacher(
-    recipe: PretrainRecipe, run: Path, encoder: TextEncoder, device: str, init: Path | None = None
+    recipe: PretrainRecipe,
+    run: Path,
+    encoder: TextEncoder,
+    device: str,
+    init: Path | None = None,
+    *,
+    compiled: bool = False,
 ) -> VideoTransformer:
     """Train in `run/teacher-<phase>`, going on from the checkpoints there; returns the averaged network.
 
     encoder: the finished text encoder; it stays as it is. init: a model's folder, to begin with its transformer.
+    compiled: torch.compile the network's blocks.
     """
     torch.manual_seed(recipe.seed)
     transformer = _first_transformer(recipe, init)
     for phase, chosen in enumerate(recipe.teacher.phases):
         data = load_latents(recipe, run, {turn.frames for turn in chosen.turns})
-        learner = _train_phase(recipe, run, phase, (transformer, encoder), data, device)
+        learner = _train_phase(recipe, run, phase, (transformer, encoder), data, device, compiled)
         transformer = copy.deepcopy(learner.averaged())
     return transformer
 
@@ -64,9 +71,11 @@ def _train_phase(
     networks: tuple[VideoTransformer, TextEncoder],
     data: dict[int, LatentSet],
     device: str,
+    compiled: bool,
 ) -> TeacherLearner:
     chosen, folder = recipe.teacher.phases[phase], run / f"teacher-{phase + 1}"
-    learner = TeacherLearner(*networks, settings(chosen.optimizer, chosen.steps), device, _map_settings(recipe, data))
+    optimizer, maps = settings(chosen.optimizer, chosen.steps), _map_settings(recipe, data)
+    learner = TeacherLearner(*networks, optimizer, device, maps, compiled)
     vae = StreamingVAE.from_pretrained(run / "model" / "vae")
 
     def report(step: int) -> None:
@@ -74,7 +83,7 @@ def _train_phase(
         _sheet(recipe, learner, networks[1], vae, folder / f"sheet-{step:06d}.png")
 
     batches = partial(batch_at, recipe, phase, learner, data)
-    train(folder.name, folder, learner, batches, chosen.steps, every=(REPORT_EVERY, report))
+    train(folder.name, folder, learner, batches, chosen.steps, every=(REPORT_EVERY, report), ahead=True)
     return learner
 
 

@@ -44,7 +44,7 @@ def _train_phase(recipe: PretrainRecipe, folder: Path, vae: StreamingVAE, phase:
         _sheet(recipe, learner, phase, folder / f"sheet-{step:06d}.png")
 
     batches = partial(vae_batch, recipe, phase)
-    train(folder.name, folder, learner, batches, chosen.steps, every=(REPORT_EVERY, report))
+    train(folder.name, folder, learner, batches, chosen.steps, every=(REPORT_EVERY, report), ahead=True)
     average: Any = learner.engine.average
     return StreamingVAE(average.vae.requires_grad_(True))
 
