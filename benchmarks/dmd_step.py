@@ -1,7 +1,7 @@
 """What a DMD step costs on one device: `python benchmarks/dmd_step.py --config wan2.1-1.3b --device cuda`.
 
-CausVid's step (arXiv 2412.07772, section 4.2) by the plain engine, weights and latents random: speed depends on neither.
-Student and critic are trained with AdamW in fp32 under bf16 autocast, the teacher is held in bf16, and activations are
+CausVid's step (arXiv 2412.07772, section 4.2) by the plain engine, weights and latents random, on which speed does not
+depend. Student and critic are trained with AdamW in fp32 under bf16 autocast, the teacher is held in bf16, and activations are
 kept for one block at a time. Timed are a step that trains the critic alone and one that trains the student too, each
 the median of `--repeats` after one that warms up. FLOPs are those of matrix products in closed form; `model` leaves out
 what is computed a second time for the gradient. Prints JSON.
@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from reelway.actors.bench_device import DTYPES, MemoryMeter, describe_device, find_device, measure_peaks, versions
 from reelway.actors.engine import OptimizerSettings, TorchEngine, computed_dtype
 from reelway.actors.learning.batch import Batch, PromptContexts
@@ -40,8 +41,8 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     config = replace(config, num_layers=options.layers or config.num_layers)
     student = StudentSettings(window=options.frames, sink=3)
     meter = MemoryMeter(device)
-    meter.start()
     learner = make_learner(config, student, device)
+    meter.start()
     batch = make_batch(options, config)
     seconds: dict[str, list[float]] = {"critic": [], "student and critic": []}
     for repeat in range(options.repeats + 1):

@@ -3,7 +3,8 @@
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from typing import Any
 
 import numpy
 import torch
@@ -40,9 +41,14 @@ def draw_noise(keys: Sequence[SampleKey], frames: range, frame_shape: Sequence[i
     the video, nor on the block size, nor on the rest of the batch, and a stream may be drawn piece by
     piece.
     """
-    shape = tuple(frame_shape)
-    noise = [_draw_frame(key, frame, step, shape) for key in keys for frame in frames]
-    return torch.stack(noise).reshape(len(keys), len(frames), *shape)
+    noise = numpy.empty((len(keys), len(frames), *frame_shape), dtype=numpy.float32)
+    bits = numpy.random.Philox(key=0)
+    stream = numpy.random.Generator(bits)
+    for row, key in enumerate(keys):
+        for column, frame in enumerate(frames):
+            bits.state = _beginning(_digest(key, "noise", step, frame))
+            stream.standard_normal(dtype=numpy.float32, out=noise[row, column, ...])
+    return torch.from_numpy(noise)
 
 
 def fresh_noise_of(keys: Sequence[SampleKey], first_frame: int = 0) -> FreshNoise:
@@ -55,12 +61,16 @@ def fresh_noise_of(keys: Sequence[SampleKey], first_frame: int = 0) -> FreshNois
     return fresh_noise
 
 
-def _draw_frame(key: SampleKey, frame: int, step: int, shape: tuple[int, ...]) -> Tensor:
-    stream = numpy.random.Generator(numpy.random.Philox(key=_digest(key, "noise", step, frame)))
-    return torch.from_numpy(stream.standard_normal(shape, dtype=numpy.float32))
+def _beginning(key: int) -> dict[str, Any]:
+    """The state of a new `numpy.random.Philox(key=key)`: to be set, it takes a tenth of the time of a new one."""
+    words = numpy.array([key & (1 << 64) - 1, key >> 64], dtype=numpy.uint64)
+    state = {"counter": numpy.zeros(4, dtype=numpy.uint64), "key": words}
+    buffer = numpy.zeros(4, dtype=numpy.uint64)
+    used = {"buffer": buffer, "buffer_pos": 4, "has_uint32": 0, "uinteger": 0}
+    return {"bit_generator": "Philox", "state": state, **used}
 
 
 def _digest(key: SampleKey, *stream: int | str) -> int:
     """128 bits of sha256 over an unambiguous text of the key and the stream's names."""
-    text = json.dumps([*astuple(key), *stream])
+    text = json.dumps([key.run_seed, key.prompt_id, key.index, *stream])
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:16], "big")

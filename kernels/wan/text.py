@@ -6,6 +6,7 @@ import os
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 
 import ftfy
@@ -30,6 +31,7 @@ logger = logging.getLogger(__name__)
 PAD, END, UNKNOWN = "<pad>", "</s>", "<unk>"
 
 
+@lru_cache(maxsize=1 << 16)  # a training sees its captions over and over
 def clean_prompt(prompt: str) -> str:
     """A prompt as Wan was trained on it: mended Unicode, no HTML entities (twice escaped ones either), and
     single spaces."""
