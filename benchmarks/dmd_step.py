@@ -1,10 +1,10 @@
 """What a DMD step costs on one device: `python benchmarks/dmd_step.py --config wan2.1-1.3b --device cuda`.
 
-CausVid's step (arXiv 2412.07772, section 4.2) by the plain engine, weights and latents random, on which speed does not
-depend. Student and critic are trained with AdamW in fp32 under bf16 autocast, the teacher is held in bf16, and activations are
-kept for one block at a time. Timed are a step that trains the critic alone and one that trains the student too, each
-the median of `--repeats` after one that warms up. FLOPs are those of matrix products in closed form; `model` leaves out
-what is computed a second time for the gradient. Prints JSON.
+CausVid's step (arXiv 2412.07772, section 4.2) by the plain engine; weights and latents are random, on which speed does
+not depend. Student and critic are trained with AdamW in fp32 under bf16 autocast, the teacher is held in bf16, and
+activations are kept for one block at a time. Timed are a step that trains the critic alone and one that trains the
+student too, each the median of `--repeats` after one that warms up. FLOPs are those of matrix products in closed form;
+`model` leaves out what is computed a second time for the gradient. Prints JSON.
 """
 
 import argparse
