@@ -63,7 +63,8 @@ def pretrain_command(
     folder = run or (RUN if latents is None else TUNED)
     try:
         if latents is not None:
-            tune(content.finetune, folder, *_tuning_inputs(latents, init, stage, vae), device=device)
+            inputs = _tuning_inputs(latents, init, stage, vae)
+            tune(content.finetune, folder, *inputs, device=device, compiled=compiled)
         else:
             if content.pretrain is None:
                 raise ValueError(f"recipe {recipe}: has no section 'pretrain'")
@@ -126,11 +127,16 @@ def _begin_with(init: Path, recipe: PretrainRecipe) -> dict[str, str]:
     return {"init": velocity_digest(init)}
 
 
-def tune(recipe: FineTuneRecipe, run: Path, latents: Storage, init: Path, *, device: str = "cpu") -> None:
-    """Train the teacher `init` further on the data set `latents`, going on where an earlier call stopped."""
+def tune(
+    recipe: FineTuneRecipe, run: Path, latents: Storage, init: Path, *, device: str = "cpu", compiled: bool = False
+) -> None:
+    """Train the teacher `init` further on the data set `latents`, going on where an earlier call stopped.
+
+    compiled: torch.compile its blocks.
+    """
     check_inputs(latents, init)
     _claim(run, "finetune", {**recipe.model_dump(mode="json"), **origin(latents, init)})
-    fine_tune(recipe, run, latents, init, device)
+    fine_tune(recipe, run, latents, init, device, compiled=compiled)
 
 
 def _adopt_vae(source: Path, run: Path) -> None:

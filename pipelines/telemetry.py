@@ -1,6 +1,7 @@
 """What a training shows and leaves behind while it runs: a bar, curves, and a clean end at Ctrl-C."""
 
 import json
+import math
 import signal
 import threading
 import time
@@ -34,6 +35,7 @@ class Curve:
         self._path = path
         kept = [row for row in read_curve(path) if row["step"] < resume_at]
         self.seconds_before = kept[-1].get("seconds", 0.0) if kept else 0.0
+        self.loss_before = kept[-1].get("loss", math.nan) if kept else math.nan
         path.write_text("".join(json.dumps(row) + "\n" for row in kept))
 
     def append(self, row: dict[str, float]) -> None:
@@ -74,7 +76,7 @@ class Telemetry:
         self._board = SummaryWriter(folder / "tensorboard", purge_step=start)
         self._began = time.monotonic() - self._curve.seconds_before
         self._bar = progress_bar(self._console)
-        self._task = self._bar.add_task(name, total=steps, completed=start, loss=float("nan"))
+        self._task = self._bar.add_task(name, total=steps, completed=start, loss=self._curve.loss_before)
         self._bar.start()
 
     def step(self, step: int, metrics: dict[str, float]) -> None:

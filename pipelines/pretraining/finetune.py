@@ -27,14 +27,17 @@ REPORT_EVERY = 500
 COPIED = ("vae", "text_encoder", "tokenizer", "scheduler", "model_index.json")  # what tuning leaves as it is
 
 
-def fine_tune(recipe: FineTuneRecipe, run: Path, latents: Storage, init: Path, device: str = "cpu") -> None:
+def fine_tune(
+    recipe: FineTuneRecipe, run: Path, latents: Storage, init: Path, device: str = "cpu", *, compiled: bool = False
+) -> None:
     """Train in `run/teacher`, going on from its checkpoint; the finished model is `run/model`.
 
     init: a teacher's folder in the diffusers layout: its weights, its shift, and the VAE that made `latents`.
+    compiled: torch.compile its blocks.
     """
     teacher = Teacher.from_pretrained(init, device)
     settings = OptimizerSettings(total_steps=recipe.steps, **recipe.optimizer.model_dump())
-    tuner = TeacherLearner(teacher.transformer, teacher.encoder, settings, device)
+    tuner = TeacherLearner(teacher.transformer, teacher.encoder, settings, device, compiled=compiled)
     clips = _open_clips(latents, recipe)
     folder = run / "teacher"
 

@@ -55,7 +55,7 @@ def train(
     plain = set(range(start, steps)) if not ahead else reported
     batches = _ahead(batch_at, range(start, steps), plain)
     with closing(batches), progress_bar(console) as progress, finishing_the_step() as interrupted:
-        task = progress.add_task(name, total=steps, completed=start, loss=float("nan"))
+        task = progress.add_task(name, total=steps, completed=start, loss=curve.loss_before)
         for step, batch in zip(range(start, steps), batches, strict=True):
             metrics = learner.step(batch)
             done = step + 1

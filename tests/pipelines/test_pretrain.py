@@ -3,6 +3,8 @@
 import json
 import shutil
 import signal
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +25,7 @@ from reelway.kernels.wan.text import TextEncoder
 from reelway.pipelines import pretrain as job
 from reelway.pipelines.pretraining import loop, teacher
 from reelway.pipelines.pretraining.card import write_card
-from reelway.pipelines.pretraining.latents import load_latents, make_latents
+from reelway.pipelines.pretraining.latents import _renderers, load_latents, make_latents
 from reelway.pipelines.pretraining.loop import read_curve
 from reelway.pipelines.pretraining.text import train_text
 from reelway.pipelines.recipe import FineTuneRecipe, PretrainRecipe, load_recipe
@@ -94,6 +96,56 @@ def test_interrupted_run_ends_with_the_weights_of_the_undisturbed_one(
             for folder in (tmp_path / "run", run)
         )
         assert all(torch.equal(saved[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("ahead", [False, True])
+def test_batches_come_in_order_and_none_is_made_beside_a_report(ahead: bool, tmp_path: Path) -> None:
+    making, trained, beside_reports, early = threading.Lock(), [], [], []
+
+    class Recorder:
+        def step(self, batch: int) -> dict[str, float]:
+            trained.append(batch)
+            time.sleep(0.02)  # long enough for the next batch to be made meanwhile
+            return {"loss": 0.0}
+
+        def state_dict(self) -> dict[str, int]:
+            return {}
+
+    def batch_at(step: int) -> int:
+        with making:
+            if len(trained) < step:
+                early.append(step)
+            time.sleep(0.005)
+            return step
+
+    def report(_: int) -> None:
+        beside_reports.append(making.locked())
+
+    loop.train("test", tmp_path, Recorder(), batch_at, 9, every=(4, report), ahead=ahead)
+    assert trained == list(range(9))
+    assert beside_reports == [False] * 3
+    assert not (early and not ahead)
+
+
+def test_clips_for_a_gpu_are_rendered_by_processes_as_here(run: Path) -> None:
+    with _renderers(recipe(), "cpu") as here, _renderers(recipe(), "cuda") as elsewhere:
+        pairs = zip(*(render(3, range(2, 8), (4, 8)) for render in (here, elsewhere)), strict=True)
+        for ours, theirs in pairs:
+            assert ours.caption == theirs.caption
+            assert (ours.frames == theirs.frames).all()
+            assert (ours.maps == theirs.maps).all()
+
+
+@pytest.mark.slow
+def test_compiled_blocks_learn_the_same(run: Path, tmp_path: Path) -> None:
+    for name in ("recipe.json", "model", "text", "latents"):
+        source = run / name
+        (shutil.copytree if source.is_dir() else shutil.copyfile)(source, tmp_path / name)
+    job.pretrain(recipe(), tmp_path, stages={job.Stage.teacher}, compiled=True)
+    compiled, eager = (read_curve(folder / "teacher-2" / "curve.jsonl") for folder in (tmp_path, run))
+    for ours, theirs in zip(compiled, eager, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3)
+        assert ours["map_loss"] == pytest.approx(theirs["map_loss"], rel=1e-3)
 
 
 def test_another_recipe_is_refused_with_the_difference(run: Path) -> None:
