@@ -17,7 +17,7 @@ class Redraw:
     timesteps below it follow. adaptive: lower the level where the source moves fast.
     """
 
-    noise: float = 0.7
+    noise: float = 0.6
     adaptive: bool = False
 
     def __post_init__(self) -> None:

@@ -37,7 +37,7 @@ class DemoRecipe(Strict):
     teacher_steps: Positive = 50
     guidance: Rate = 3.0
     minute: Rate = 60.0
-    noise: Share = 0.7
+    noise: Share = 0.6
     blocks: Positive = 20
     changes: tuple[str, ...] = (
         "trajectories.batch=4",

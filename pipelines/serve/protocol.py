@@ -47,7 +47,7 @@ class Message(BaseModel):
 class Source(Message):
     """Live video-to-video: the client's frames are redrawn under the prompt."""
 
-    noise: Annotated[float, Field(gt=0, le=1, description="0 keeps the source, 1 ignores it.")] = 0.7
+    noise: Annotated[float, Field(gt=0, le=1, description="0 keeps the source, 1 ignores it.")] = 0.6
     adaptive: Annotated[bool, Field(description="Less noise where the source moves fast.")] = False
     video: Annotated[str | None, Field(description="Base64 of a video file. Else the client sends frames.")] = None
 
