@@ -31,8 +31,8 @@ class DemoRecipe(Strict):
 
     seed: int = 0
     level: Annotated[int, Field(ge=0, le=3)] = 1
-    train_prompts: Positive = 64
-    heldout_prompts: Positive = 12
+    train_prompts: Positive = 56
+    heldout_prompts: Positive = 10
     workers: Positive = 2
     teacher_steps: Positive = 50
     guidance: Rate = 3.0
@@ -42,7 +42,7 @@ class DemoRecipe(Strict):
     changes: tuple[str, ...] = (
         "trajectories.batch=4",
         "trajectories.per_shard=4",
-        "initialize.steps=50",
+        "initialize.steps=40",
         "initialize.batch=16",
         "initialize.lanes=2",
         "initialize.checkpoint_every=10",
