@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -121,9 +122,10 @@ def _pace(notes: list[Row], streams: int) -> Row:
 def make_streams(work: Work) -> None:
     """In a process of its own: all streams in one batch, each to a file of raw frames, with a snapshot now and then.
 
-    The one that waits ends it after Ctrl-C.
+    The one that waits ends it after Ctrl-C; where that one was killed, it ends by itself.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    waiting = os.getppid()
     torch.set_num_threads(work.threads)
     student = Student.from_pretrained(work.student)
     with ExitStack() as files:
@@ -133,6 +135,8 @@ def make_streams(work: Work) -> None:
         chunks: list[float] = []
         frames = 0
         while done < work.frames:
+            if os.getppid() != waiting:
+                sys.exit(1)
             began = time.perf_counter()
             made = student.step(streams)
             chunks.append(time.perf_counter() - began)
