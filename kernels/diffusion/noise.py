@@ -61,7 +61,7 @@ def fresh_noise_of(keys: Sequence[SampleKey], first_frame: int = 0) -> FreshNois
     return fresh_noise
 
 
-def _beginning(key: int) -> dict[str, Any]:
+def _beginning(key: int) -> Any:
     """The state of a new `numpy.random.Philox(key=key)`: to be set, it takes a tenth of the time of a new one."""
     words = numpy.array([key & (1 << 64) - 1, key >> 64], dtype=numpy.uint64)
     state = {"counter": numpy.zeros(4, dtype=numpy.uint64), "key": words}

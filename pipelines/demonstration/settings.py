@@ -31,7 +31,7 @@ class DemoRecipe(Strict):
 
     seed: int = 0
     level: Annotated[int, Field(ge=0, le=3)] = 1
-    train_prompts: Positive = 56
+    train_prompts: Positive = 52
     heldout_prompts: Positive = 10
     workers: Positive = 2
     teacher_steps: Positive = 50
@@ -49,7 +49,7 @@ class DemoRecipe(Strict):
         "initialize.keep=1",
         "initialize.optimizer.warmup_steps=5",
         "initialize.optimizer.ema_decay=0.9",
-        "distill.causvid.steps=20",
+        "distill.causvid.steps=16",
         "distill.causvid.batch=8",
         "distill.causvid.lanes=2",
         "distill.causvid.checkpoint_every=5",
