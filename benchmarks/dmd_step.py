@@ -12,13 +12,13 @@ import json
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from reelway.actors.bench_device import DTYPES, MemoryMeter, describe_device, find_device, measure_peaks, versions
+from reelway.actors.bench_network import cut
 from reelway.actors.engine import OptimizerSettings, TorchEngine, computed_dtype
 from reelway.actors.learning.batch import Batch, PromptContexts
 from reelway.actors.learning.distillation import DmdLearner, DmdSettings
@@ -38,8 +38,11 @@ OPTIMIZER = OptimizerSettings(learning_rate=1e-6, total_steps=100, betas=(0.0, 0
 def main(options: argparse.Namespace) -> dict[str, Any]:
     device = find_device(options.device)
     config = CONFIGS[options.config]
-    config = replace(config, num_layers=options.layers or config.num_layers)
+    if options.layers is not None:
+        config, _ = cut(config, None, options.layers)
     student = StudentSettings(window=options.frames, sink=3)
+    student.blocks(options.frames)
+    config.tokens_per_frame(options.height // PIXELS_PER_LATENT, options.width // PIXELS_PER_LATENT)
     meter = MemoryMeter(device)
     learner = make_learner(config, student, device)
     meter.start()
@@ -149,7 +152,10 @@ if __name__ == "__main__":
     parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--json", type=Path, help="write the report here too")
     given = parser.parse_args()
-    result = json.dumps(main(given), indent=2, default=str)
+    try:
+        result = json.dumps(main(given), indent=2, default=str)
+    except ValueError as error:
+        parser.error(str(error))
     print(result)
     if given.json:
         given.json.write_text(result + "\n")

@@ -57,6 +57,8 @@ def pretrain_command(
     override: Annotated[list[str] | None, typer.Option("--set", help="a.b=value: change the recipe.")] = None,
 ) -> None:
     """Train in RUN; the finished model is RUN/model, in the diffusers layout."""
+    if device.partition(":")[0] not in ("cpu", "cuda"):
+        raise ValueError(f"--device: must be cpu or cuda, got {device!r}")
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"--device {device}: no CUDA device here")
     content = load_recipe(recipe, override)
