@@ -30,7 +30,7 @@ from reelway.kernels.wan.cost import ForwardShape, forward_flops, text_flops
 from reelway.kernels.wan.transformer import VideoTransformer
 
 PROMPT_TOKENS = 128
-PIXELS_PER_LATENT = 8
+PIXELS_PER_LATENT = 8  # along height and width; the transformer's patch doubles it
 CRITIC_UPDATES = 5  # a student's update in so many steps
 OPTIMIZER = OptimizerSettings(learning_rate=1e-6, total_steps=100, betas=(0.0, 0.999))
 
@@ -40,9 +40,11 @@ def main(options: argparse.Namespace) -> dict[str, Any]:
     config = CONFIGS[options.config]
     if options.layers is not None:
         config, _ = cut(config, None, options.layers)
+    for flag, side in (("--height", options.height), ("--width", options.width)):
+        if side < 2 * PIXELS_PER_LATENT or side % (2 * PIXELS_PER_LATENT):
+            raise ValueError(f"{flag}: must be a multiple of {2 * PIXELS_PER_LATENT} pixels, got {side}")
     student = StudentSettings(window=options.frames, sink=3)
     student.blocks(options.frames)
-    config.tokens_per_frame(options.height // PIXELS_PER_LATENT, options.width // PIXELS_PER_LATENT)
     meter = MemoryMeter(device)
     learner = make_learner(config, student, device)
     meter.start()
