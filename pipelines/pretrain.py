@@ -9,13 +9,13 @@ import shutil
 from pathlib import Path
 from typing import Annotated, Any
 
-import torch
 import typer
 from rich.console import Console
 
 from ..actors.model_files import transformer_config, velocity_digest
 from ..cluster.storage import Storage
 from ..kernels.wan.config import CONFIGS
+from .commands import check_device
 from .models import write_model
 from .pretraining.finetune import check_inputs, check_teacher, fine_tune, origin
 from .pretraining.latents import make_latents
@@ -57,10 +57,7 @@ def pretrain_command(
     override: Annotated[list[str] | None, typer.Option("--set", help="a.b=value: change the recipe.")] = None,
 ) -> None:
     """Train in RUN; the finished model is RUN/model, in the diffusers layout."""
-    if device.partition(":")[0] not in ("cpu", "cuda"):
-        raise ValueError(f"--device: must be cpu or cuda, got {device!r}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"--device {device}: no CUDA device here")
+    check_device(device)
     content = load_recipe(recipe, override)
     folder = run or (RUN if latents is None else TUNED)
     try:
