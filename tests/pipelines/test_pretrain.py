@@ -299,6 +299,7 @@ def test_resolved_recipe_is_beside_the_result(run: Path) -> None:
         (["--recipe", str(RECIPE), "--set", "pretrain.teacher.batches=2"], "Extra inputs are not permitted"),
         (["--recipe", str(RECIPE), "--set", "teacher"], "expected a.b=value, got 'teacher'"),
         (["--recipe", str(RECIPE), "--device", "cuda"], "no CUDA device here"),
+        (["--recipe", str(RECIPE), "--device", "tpu"], "--device: must be cpu or cuda, got 'tpu'"),
         (["--recipe", str(RECIPE), "--vae", "none"], "--vae none: no config.json"),
         (["--recipe", str(RECIPE), "--init", "none"], "none/transformer/config.json: no such file"),
     ],
