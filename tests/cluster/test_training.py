@@ -306,7 +306,8 @@ def test_checkpoints_that_the_caller_deleted_leave_the_list_of_ray_train(tmp_pat
         (tmp_path / name).mkdir(parents=True)
     training._forget_deleted(tmp_path)
     left = json.loads(path.read_text())
-    assert left["checkpoint_results"] == entries[1:] and left["checkpoint_report_indices"] == [1, 2]
+    assert left["checkpoint_results"] == entries[1:]
+    assert left["checkpoint_report_indices"] == [1, 2]
     (tmp_path / names[-1]).rmdir()
     training._forget_deleted(tmp_path)
     assert not path.exists()
