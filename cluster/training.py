@@ -5,7 +5,6 @@ goes on from the last checkpoint. The same happens when the same run is started 
 as a wrong setting, ends the run at once. A rank that hangs is named, with its line of code.
 """
 
-import json
 import os
 import signal
 import sys
@@ -36,7 +35,6 @@ from .telemetry import Board, Fatal, Heart, News, Pulse, Wish, in_words, stuck
 Number = TypeVar("Number", int, float)
 Metrics = dict[str, float]
 
-SNAPSHOT = "checkpoint_manager_snapshot.json"  # Ray Train's list of checkpoints, in the folder of the run
 LOOK_SECONDS = 0.5
 FATAL_SECONDS = 5.0  # for the other ranks to end too
 PARTING_SECONDS = 30.0
@@ -67,7 +65,8 @@ class TrainingSettings:
     resources: of one worker. storage_path, name: the run's folder, which all workers see; a run of the same name
     goes on where it stopped. max_failures: restarts after lost workers. patience: where nothing moves for half of it,
     the rank that hangs is named, and after the whole all are started again; longer than any step or checkpoint.
-    start_patience: the same until the first step. keep: checkpoints that are kept; None leaves them to the caller.
+    start_patience: the same until the first step. keep: reported checkpoints that stay, None for all; Ray Train
+    will not start a run again whose reported checkpoints somebody else has deleted.
     """
 
     workers: int
@@ -221,7 +220,6 @@ def run_training(
     assert ray.is_initialized(), "run_training needs a session: see start_or_join"
     need = replace(settings.resources, min_workers=settings.workers, max_workers=settings.workers)
     check_placement(cluster_nodes(), need)
-    _forget_deleted(Path(settings.folder))
     board = ray.remote(Board).options(num_cpus=0).remote()
     run = _Run(settings, board, on_metrics, on_note)
     try:
@@ -252,26 +250,6 @@ def _trainer(function: Any, config: dict[str, Any], settings: TrainingSettings, 
             worker_runtime_env={"env_vars": _environment(need)},
         ),
     )
-
-
-def _forget_deleted(folder: Path) -> None:
-    """Take checkpoints that the caller has deleted out of Ray Train's list, which would refuse to start with them."""
-    path = folder / SNAPSHOT
-    if not path.is_file():
-        return
-    state = json.loads(path.read_text())
-    found, indices = state["checkpoint_results"], state["checkpoint_report_indices"]
-    kept = [pair for pair in zip(found, indices, strict=True) if (folder / pair[0]["checkpoint_dir_name"]).is_dir()]
-    if len(kept) == len(found):
-        return
-    latest = state["latest_checkpoint_result"]
-    if not kept or latest is None or not (folder / latest["checkpoint_dir_name"]).is_dir():
-        path.unlink()
-        return
-    state |= {"checkpoint_results": [a for a, _ in kept], "checkpoint_report_indices": [b for _, b in kept]}
-    partial = path.with_suffix(".json.partial")
-    partial.write_text(json.dumps(state))
-    partial.replace(path)
 
 
 def _environment(need: Requirements) -> dict[str, str]:
@@ -404,7 +382,6 @@ class _Run:
             raise TrainingFailed(f"{self._settings.name}: {_reason(error)}{hung}") from None
 
     def _last_checkpoint(self) -> str | None:
-        _forget_deleted(Path(self._settings.folder))
         with suppress(RuntimeError):  # nothing was ever reported
             found = ray.train.Result.from_path(self._settings.folder).checkpoint
             return found.path if found else None

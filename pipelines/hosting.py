@@ -82,7 +82,7 @@ def _work(given: dict[str, Any], host: TrainingHost) -> bool:
         given["job"],
         partial(_engine, zero, host.device),
         host.ranks,
-        report=host.report,
+        report=host.report,  # no checkpoint: the stage keeps its own, and deletes those that Ray Train would look for
         interrupted=host.interrupted,
         console=Console(quiet=True),  # the driver draws the bar
         load=partial(_load, zero, host.device),

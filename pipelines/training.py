@@ -28,9 +28,7 @@ LATER = {"teacher_forcing": False}  # fields that recipes did not always have, a
 MEMORY, ENOUGH = 50, 20  # losses of which the median is taken, and how many it takes to say anything
 
 EngineFactory = Callable[[Any, OptimizerSettings], Engine]  # a network (nn.Module) and how it is trained
-Report = Callable[
-    [dict[str, float], Path | None], None
-]  # a step's metrics, and the checkpoint after it if one was made
+Report = Callable[[dict[str, float]], None]  # of a step's metrics
 Interrupted = Callable[[], bool]  # whether the host of this process wants an end
 
 
@@ -174,9 +172,10 @@ class _Loop:
             done = step + 1
             stops = self.ranks.mean({"stops": float(is_interrupted())})["stops"] > 0
             saves = stops or done == steps or done % self.stage.recipe.checkpoint_every == 0
-            saved = self.checkpoints.save(done, self.learner, self.batches) if saves else None
+            if saves:
+                self.checkpoints.save(done, self.learner, self.batches)
             if self.report:
-                self.report({"step": float(done), **metrics}, saved)
+                self.report({"step": float(done), **metrics})
             if stops:
                 raise KeyboardInterrupt
             self._draw(done, telemetry)
@@ -224,7 +223,7 @@ class Checkpoints:
         """Steps of the newest checkpoint, 0 where there is none."""
         return max(self._steps(), default=0)
 
-    def save(self, done: int, learner: StageLearner, batches: Batches) -> Path:
+    def save(self, done: int, learner: StageLearner, batches: Batches) -> None:
         """Every rank writes its part into a temporary folder; rank 0 gives it its name."""
         target, temporary = self._path(done), self._folder / f"step-{done:06d}.partial"
         if self._ranks.rank == 0:
@@ -241,7 +240,6 @@ class Checkpoints:
             for old in sorted(self._steps())[: -self._keep]:
                 shutil.rmtree(self._path(old))
         self._ranks.barrier()
-        return target
 
     def restore(self, learner: StageLearner, batches: Batches) -> int:
         """Go on from the newest checkpoint; the steps done by then."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ...kernels.causal.cache import KVCache
 from ...kernels.wan.vae import StreamingVAE, VAEState
+from ..engine import Ranks
 from .batch import Batch, Draws
 from .sources import Clip, StudentRollout
 
@@ -88,10 +89,10 @@ class LongRollouts:
         """One file per process; a resumed training needs the same processes and micro-batches."""
         folder.mkdir(parents=True, exist_ok=True)
         content = {str(first): _pack(stream) for first, stream in self._streams.items()}
-        torch.save(content, folder / _file(self._rollout.ranks.rank))
+        torch.save(content, folder / _file(self._rollout.ranks))
 
     def load(self, folder: Path) -> None:
-        path = folder / _file(self._rollout.ranks.rank)
+        path = folder / _file(self._rollout.ranks)
         if not path.is_file():
             raise ValueError(f"{path}: no such file; live rollouts go on only with as many processes as before")
         content = torch.load(path, map_location="cpu", weights_only=True)
@@ -175,5 +176,5 @@ def _pack(stream: Stream) -> dict[str, Any]:
     }
 
 
-def _file(rank: int) -> str:
-    return f"streams-{rank:04d}.pt"
+def _file(ranks: Ranks) -> str:
+    return f"streams-{ranks.rank:04d}-of-{ranks.size:04d}.pt"

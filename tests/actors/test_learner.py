@@ -626,6 +626,12 @@ def test_the_blocks_after_a_switch_are_made_on_the_recomputed_window(tmp_path: P
     assert not torch.allclose(made[False], made[True], rtol=1e-4, atol=1e-5)
 
 
+class Two(OneRank):
+    """The first of two processes."""
+
+    size = 2
+
+
 def test_restored_streams_go_on_bit_for_bit(tmp_path: Path) -> None:
     making = long_rollouts(frames=18)
     for step in range(2):
@@ -640,6 +646,10 @@ def test_restored_streams_go_on_bit_for_bit(tmp_path: Path) -> None:
         assert one.prompts == other.prompts
     with pytest.raises(ValueError, match="as many processes as before"):
         again.load(tmp_path / "elsewhere")
+    making._rollout.ranks = Two()  # the first of two processes knows half of the streams
+    making.save(tmp_path / "of-two")
+    with pytest.raises(ValueError, match="as many processes as before"):
+        again.load(tmp_path / "of-two")
 
 
 @pytest.mark.parametrize("frames", [5, 4])

@@ -1,6 +1,5 @@
 """A training on Ray: ZeRO in its workers, lost and hanging workers, Ctrl-C, and what is told meanwhile."""
 
-import json
 import os
 import signal
 import sys
@@ -15,7 +14,7 @@ import torch
 from ray import cloudpickle
 from torch import Tensor
 
-from reelway.cluster import telemetry, training
+from reelway.cluster import telemetry
 from reelway.cluster.preflight import Requirements
 from reelway.cluster.session import Session
 from reelway.cluster.telemetry import Board, Fatal, Pulse, RankState, Wish, in_words, stuck, whereabouts
@@ -293,21 +292,3 @@ def test_a_board_forgets_an_earlier_start_and_hands_rows_out_once(monkeypatch: p
 def test_settings_name_the_field_that_does_not_fit(change: dict[str, Any], line: str) -> None:
     with pytest.raises(ValueError, match=f"^{line}$"):
         TrainingSettings(**{"workers": 2, "storage_path": "here", "name": "run"} | change)
-
-
-def test_checkpoints_that_the_caller_deleted_leave_the_list_of_ray_train(tmp_path: Path) -> None:
-    """Ray Train refuses to go on, or to name the last one, with a list that has a folder which is gone."""
-    names = [f"checkpoints/step-{step}" for step in (2, 4, 6)]
-    entries = [{"checkpoint_dir_name": name} for name in names]
-    state = {"checkpoint_results": entries, "checkpoint_report_indices": [0, 1, 2]}
-    path = tmp_path / training.SNAPSHOT
-    path.write_text(json.dumps({**state, "latest_checkpoint_result": entries[-1]}))
-    for name in names[1:]:
-        (tmp_path / name).mkdir(parents=True)
-    training._forget_deleted(tmp_path)
-    left = json.loads(path.read_text())
-    assert left["checkpoint_results"] == entries[1:]
-    assert left["checkpoint_report_indices"] == [1, 2]
-    (tmp_path / names[-1]).rmdir()
-    training._forget_deleted(tmp_path)
-    assert not path.exists()

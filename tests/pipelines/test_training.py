@@ -126,12 +126,15 @@ def test_a_job_is_plain(small_teacher: Path, trajectories: str, tmp_path: Path) 
     assert pickle.loads(pickle.dumps(job)) == job
 
 
-def test_every_step_is_reported_with_its_checkpoint(small_teacher: Path, trajectories: str, tmp_path: Path) -> None:
-    seen: list[tuple[float, Path | None]] = []
+def test_every_step_is_reported_after_its_checkpoint(small_teacher: Path, trajectories: str, tmp_path: Path) -> None:
+    seen: dict[float, list[str]] = {}
     job = initialize_job(small_teacher, trajectories, tmp_path / "run", "initialize.keep=1")
-    carry_out(job, report=lambda metrics, saved: seen.append((metrics["loss"], saved)))
-    assert [saved.name if saved else None for _, saved in seen] == [None, "step-000002", None, "step-000004"]
-    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-000004"]
+
+    def report(metrics: dict[str, float]) -> None:
+        seen[metrics["step"]] = [path.name for path in (tmp_path / "run/checkpoints").glob("*")]
+
+    carry_out(job, report=report)
+    assert seen == {1: [], 2: ["step-000002"], 3: ["step-000002"], 4: ["step-000004"]}
 
 
 # --- Interruptions ----------------------------------------------------------------------------------------------------
@@ -792,7 +795,7 @@ def test_ranks_write_one_checkpoint_and_stop_together(tmp_path: Path) -> None:
     def work(rank: int, stops_after: int, endings: dict[int, Any]) -> None:
         learner = Counting(rank)
 
-        def report(metrics: dict[str, float], saved: Path | None) -> None:
+        def report(metrics: dict[str, float]) -> None:
             if learner.updates == stops_after and rank == 1:
                 signals[rank].set()
 

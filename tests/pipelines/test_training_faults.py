@@ -31,7 +31,7 @@ from trainings.jobs import INITIALIZE, RECIPE, carry_out, distill_job, initializ
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 
 STAGES = ("initialize", "causvid", "self-forcing", "long")
-STEPS = 6
+STEPS, MANY_STEPS = 6, 60
 WORKER = b"ray::RayTrainWorker"
 
 
@@ -127,9 +127,9 @@ def watched(act: Callable[[int], Any]) -> Iterator[None]:
         hosting._shown = shown
 
 
-def job_of(stage: str, student: Path, teacher: Path, data: str, run: Path) -> Any:
+def job_of(stage: str, student: Path, teacher: Path, data: str, run: Path, steps: int = STEPS) -> Any:
     section = "initialize" if stage == "initialize" else f"distill.{stage.replace('-', '_')}"
-    more = [f"{section}.steps={STEPS}", f"{section}.sheet_every={STEPS}"]
+    more = [f"{section}.steps={steps}", f"{section}.sheet_every={steps}"]
     if stage == "initialize":
         return replace(initialize_job(teacher, data, run, *more), engine="zero")
     return replace(distill_job(stage, student, teacher, data, run, *more), engine="zero")
@@ -197,24 +197,27 @@ def test_a_run_whose_worker_is_killed_ends_with_the_weights_of_the_undisturbed_o
 @pytest.mark.parametrize("stage", ["initialize", "long"])
 def test_another_number_of_workers_goes_on_or_is_refused(
     stage: str,
-    undisturbed: Callable[[str], Path],
+    ray_session: Any,
     small_teacher: Path,
     small_student: Path,
     trajectories: str,
     tmp_path: Path,
 ) -> None:
-    """Ctrl-C with two workers, the same line with one: the batches are the same; live rollouts cannot move."""
-    job = job_of(stage, small_student, small_teacher, trajectories, tmp_path / stage)
+    """Ctrl-C with two workers, the same line with one: the batches are the same; live rollouts cannot move.
+
+    Steps enough for some to be left when the driver has heard of the second; by then the oldest checkpoints are gone.
+    """
+    job = job_of(stage, small_student, small_teacher, trajectories, tmp_path / stage, MANY_STEPS)
     interrupt = watched(lambda done: os.kill(os.getpid(), signal.SIGINT) if done == 2 else None)
     with interrupt, pytest.raises(TrainingInterrupted):
         on_ray(stage, job)
+    assert len(read_curve(tmp_path / stage / "curve.jsonl")) < MANY_STEPS
     if stage == "long":
         with pytest.raises(ValueError, match="live rollouts go on only with as many processes as before"):
             on_ray(stage, job, workers=1)
         return
     on_ray(stage, job, workers=1)
-    losses = [
-        [row["loss"] for row in read_curve(run / "curve.jsonl")] for run in (tmp_path / stage, undisturbed(stage))
-    ]
+    on_ray(stage, replace(job, run=str(tmp_path / "undisturbed")))
+    losses = [[row["loss"] for row in read_curve(tmp_path / name / "curve.jsonl")] for name in (stage, "undisturbed")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
-    assert len(losses[0]) == STEPS
+    assert len(losses[0]) == MANY_STEPS
